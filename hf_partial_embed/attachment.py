@@ -1,0 +1,532 @@
+"""Putting trainable rows on a model and its tokenizer, and taking them off again.
+
+An `Attachment` changes things in small steps, each of which knows how to take itself back; whatever
+goes wrong on the way, the steps taken so far are undone in reverse. Steps hold data, no closures, so
+that an attachment can be deep-copied together with its model.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from tokenizers import AddedToken
+from torch import Tensor, nn
+
+from .digest import row_digests
+from .errors import FrozenRowsChangedError, PartialEmbeddingError, shorten
+from .layout import Growth, Table, VocabularyLayout, find_layout
+from .mask import MaskHandle
+from .rows import ForwardScope, PartialModule
+from .split import split_module, unsplit_module
+from .vocabulary import add_to_tokenizer, known_id, remove_from_tokenizer
+
+__all__ = ["Attachment", "attachments_of"]
+
+_REGISTRY = "_partial_embeddings"
+_SCOPE = "_partial_embedding_scope"
+
+
+def attachments_of(model: nn.Module) -> list[Attachment]:
+    """The row sets that are attached to a model, the oldest first."""
+    found: list[Attachment] = getattr(model, _REGISTRY, None) or []
+    return found
+
+
+class Attachment:
+    """One set of rows on a model.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer, or `None` where `ids` are given.
+        tokens: the tokens; those that the tokenizer does not know are added to it.
+        ids: ids of the rows, where there are no tokens.
+        rows: the rows' values for each table by its name, `[K, ...]`.
+        strategy: `"split"` or `"mask"`.
+        output: whether the rows of an untied head, and of biases, train.
+        dtype: dtype of the trainable rows under `"split"`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        tokens: Sequence[AddedToken],
+        ids: Sequence[int] | None,
+        rows: dict[str, Tensor],
+        strategy: str,
+        output: str | bool,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.tokens = list(tokens)
+        self.fixed_ids = None if ids is None else list(ids)
+        self.strategy = strategy
+        self.output = output
+        self.dtype = dtype
+        self.rows: dict[str, Any] = dict(rows)
+        self.ids: list[int] = []
+        self.trained: list[Table] = []
+        self.layout: VocabularyLayout | None = None
+        self.masks: list[MaskHandle] = []
+        self._row_names: dict[str, str] = {}
+        self._digests: dict[str, Tensor] = {}
+        self._protected: list[Any] = []
+        self._steps: list[_Step] = []
+
+    @property
+    def attached(self) -> bool:
+        """Whether the rows are on the model now."""
+        return self in attachments_of(self.model)
+
+    def apply(self, layout: VocabularyLayout | None = None) -> None:
+        """Put the rows on. On any error everything is as it was before.
+
+        Args:
+            layout: the model's layout, if the caller has just looked for it.
+        """
+        try:
+            self._apply(layout)
+        except BaseException:
+            self._undo(keep_rows=False)
+            raise
+
+    def _apply(self, layout: VocabularyLayout | None) -> None:
+        self.ids = self._give_ids()
+        size = max(self.ids) + 1
+        if layout is None or size > layout.reach:
+            layout = find_layout(self.model, size)
+        self.layout = layout
+        self.trained = [table for table in layout.tables if self._trains(table)]
+        self._check_free()
+        self._do(_Grow(layout))
+        for table in layout.tables:
+            if table.name in self.rows:
+                self._do(_WriteRows(table, self.ids, self.rows[table.name]))
+        if self.strategy == "split":
+            self._split(layout)
+        else:
+            self._mask()
+        self._digests = {table.name: row_digests(table.tensor, table.dim) for table in self.trained}
+        self._do(_Set(self.model, _REGISTRY, [*attachments_of(self.model), self]))
+
+    def _give_ids(self) -> list[int]:
+        if self.fixed_ids is not None:
+            return self.fixed_ids
+        texts = [token.content for token in self.tokens]
+        ids = {text: known_id(self.tokenizer, text) for text in texts}
+        new = [token for token in self.tokens if ids[token.content] is None]
+        if new:
+            step = _AddTokens(self.tokenizer, new)
+            self._do(step)
+            ids.update(zip((token.content for token in new), step.ids, strict=True))
+        return [token_id for text in texts if (token_id := ids[text]) is not None]
+
+    def _trains(self, table: Table) -> bool:
+        if table.role == "buffer":
+            return False
+        return self.output is not False or table.role in ("input", "extra")
+
+    def _check_free(self) -> None:
+        for other in attachments_of(self.model):
+            shared = sorted(set(self.ids) & set(other.ids))
+            if shared:
+                raise PartialEmbeddingError(
+                    f"Rows {shorten(shared)} are trainable already, in another row set of this model. Train them "
+                    "there, or detach() that one first."
+                )
+            if other.strategy != self.strategy:
+                raise PartialEmbeddingError(
+                    f"This model has rows attached with strategy={other.strategy!r}; rows with "
+                    f"strategy={self.strategy!r} cannot be attached beside them. Use one strategy for both."
+                )
+
+    def _do(self, step: _Step) -> None:
+        self._steps.append(step)
+        step.do()
+
+    def _split(self, layout: VocabularyLayout) -> None:
+        self._do(_OpenScope(self.model))
+        scope: ForwardScope = self.model.__dict__.get(_SCOPE) or getattr(self.model, _SCOPE)
+        for table in layout.tables:
+            if table.role != "buffer":
+                for module, attribute in table.holders:
+                    self._do(_Freeze(module, attribute))
+        for table in self.trained:
+            rows = self.rows[table.name]
+            if not isinstance(rows, nn.Parameter):
+                tensor = table.tensor
+                dtype = self.dtype or torch.promote_types(torch.float32, tensor.dtype)
+                rows = nn.Parameter(rows.to(device=tensor.device, dtype=dtype, copy=True))
+                self.rows[table.name] = rows
+            step = _Split(table, rows, self.ids, scope)
+            self._do(step)
+            self._row_names[table.name] = step.row_name
+        self._do(_HideRows(self.model))
+        for module in self.model.modules():
+            if hasattr(type(module), "resize_token_embeddings"):
+                self._do(_Set(module, "resize_token_embeddings", _refuse_resize))
+
+    def _mask(self) -> None:
+        for table in self.layout.tables if self.layout else []:
+            if table.role != "buffer":
+                for module, attribute in table.holders:
+                    self._do(_Freeze(module, attribute))
+        for table in self.trained:
+            table.tensor.requires_grad_(True)
+            others = [
+                handle
+                for other in attachments_of(self.model)
+                for other_table, handle in zip(other.trained, other.masks, strict=True)
+                if other_table.tensor is table.tensor
+            ]
+            step = _Mask(table, self.ids, others)
+            self._do(step)
+            assert step.handle is not None
+            self.masks.append(step.handle)
+            for optimizer in self._protected:
+                step.handle.protect(optimizer)
+        for module in self.model.modules():
+            if hasattr(type(module), "resize_token_embeddings"):
+                self._do(_Set(module, "resize_token_embeddings", _refuse_resize))
+
+    def parameter(self, table: Table) -> nn.Parameter:
+        """What trains for a table: its rows, or under `"mask"` the whole of it."""
+        module, _ = table.holders[0]
+        if self.strategy == "mask" or not self.attached:
+            parameter: nn.Parameter = table.tensor if self.attached else self.rows[table.name]
+            return parameter
+        assert isinstance(module, PartialModule)
+        # By attribute, since a wrapper (PEFT's modules_to_save) may have put a copy in its place.
+        rows: nn.Parameter = getattr(module.new_rows, self._row_names[table.name])
+        return rows
+
+    def current_rows(self, table: Table) -> Tensor:
+        """Values of the rows of a table, `[K, ...]`, detached copies on the CPU."""
+        if self.attached and (self.strategy == "mask" or table not in self.trained):
+            rows = table.rows(self.ids)
+        else:
+            rows = self.parameter(table)
+        return rows.detach().to("cpu", copy=True)
+
+    def protect(self, optimizer: Any) -> None:
+        """`MaskHandle.protect` for every table; under `"split"` there is nothing to do."""
+        for handle in self.masks:
+            handle.protect(optimizer)
+        self._protected.append(optimizer)
+
+    def verify(self) -> None:
+        """Compare the bits of all frozen rows with those at the time of attachment.
+
+        Raises:
+            `FrozenRowsChangedError`: names the ids of those that differ.
+        """
+        changed = {}
+        for table in self.trained:
+            now, before = row_digests(table.tensor, table.dim), self._digests[table.name]
+            differs = now[: len(before)] != before
+            for attachment in attachments_of(self.model):
+                differs[[token_id for token_id in attachment.ids if token_id < len(before)]] = False
+            if differs.any():
+                changed[table.name] = differs.nonzero().flatten().tolist()
+        if changed:
+            raise FrozenRowsChangedError(changed)
+
+    def detach(self) -> None:
+        """Take the rows off: model and tokenizer are as if they had never been there."""
+        with self._others_off():
+            self._undo(keep_rows=True)
+
+    def merge(self) -> None:
+        """Leave the rows in the tables, and take off everything else."""
+        with self._others_off():
+            for table in self.trained:
+                module, attribute = table.holders[0]
+                if isinstance(module, PartialModule):
+                    module.write_rows(attribute)
+            self._keep_rows()
+            for step in reversed(self._steps):
+                if not step.lasts:
+                    step.undo()
+            self._steps = []
+
+    @contextmanager
+    def _others_off(self) -> Iterator[None]:
+        """Take off the row sets that were put on after this one, and put them on again afterwards."""
+        attached = attachments_of(self.model)
+        later = attached[attached.index(self) + 1 :]
+        for other in reversed(later):
+            other._undo(keep_rows=True)
+        try:
+            yield
+        finally:
+            for other in later:
+                other.apply()
+
+    def _keep_rows(self) -> None:
+        """Hold the rows' present values (and, under `"split"`, the parameters themselves)."""
+        for table in self.layout.tables if self.layout else []:
+            if table.name in self.rows:
+                split = self.strategy == "split" and table in self.trained
+                self.rows[table.name] = self.parameter(table) if split else table.rows(self.ids)
+
+    def _undo(self, *, keep_rows: bool) -> None:
+        if keep_rows:
+            self._keep_rows()
+        while self._steps:
+            self._steps.pop().undo()
+        self.masks, self._row_names, self._digests = [], {}, {}
+
+
+class _Step(Protocol):
+    """A change that can be taken back, also when it was done only in part."""
+
+    lasts: bool  # whether merge() leaves it
+
+    def do(self) -> None: ...
+
+    def undo(self) -> None: ...
+
+
+class _AddTokens:
+    lasts = True
+
+    def __init__(self, tokenizer: Any, tokens: list[AddedToken]) -> None:
+        self.tokenizer, self.tokens, self.ids = tokenizer, tokens, list[int]()
+
+    def do(self) -> None:
+        self.ids = add_to_tokenizer(self.tokenizer, self.tokens)
+
+    def undo(self) -> None:
+        if self.ids:
+            remove_from_tokenizer(self.tokenizer, [token.content for token in self.tokens])
+            self.ids = []
+
+
+class _Grow:
+    lasts = True
+
+    def __init__(self, layout: VocabularyLayout) -> None:
+        self.layout, self.growth = layout, None
+
+    growth: Growth | None
+
+    def do(self) -> None:
+        self.growth = Growth(self.layout)
+
+    def undo(self) -> None:
+        if self.growth is not None:
+            self.growth.undo()
+            self.growth = None
+
+
+class _WriteRows:
+    """Write values into a table; what stood there is kept."""
+
+    lasts = True
+
+    def __init__(self, table: Table, ids: list[int], rows: Tensor) -> None:
+        self.table, self.ids, self.values, self.before = table, ids, rows.detach(), None
+
+    before: Tensor | None
+
+    def do(self) -> None:
+        self.before = self.table.rows(self.ids)
+        self._write(self.values)
+        self.values = self.values[:0]
+
+    @torch.no_grad()
+    def _write(self, values: Tensor) -> None:
+        tensor, dim = self.table.tensor, self.table.dim
+        index = torch.tensor(self.ids, device=tensor.device)
+        tensor.data.index_copy_(dim, index, values.to(tensor).movedim(0, dim))
+
+    def undo(self) -> None:
+        if self.before is not None:
+            self._write(self.before)
+            self.before = None
+
+
+class _Freeze:
+    lasts = False
+
+    def __init__(self, module: nn.Module, attribute: str) -> None:
+        self.module, self.attribute, self.before = module, attribute, None
+
+    before: bool | None
+
+    def do(self) -> None:
+        parameter = self.module._parameters[self.attribute]
+        assert parameter is not None
+        self.before = parameter.requires_grad
+        parameter.requires_grad_(False)
+
+    def undo(self) -> None:
+        parameter = self.module._parameters[self.attribute]
+        if self.before is not None and parameter is not None:
+            parameter.requires_grad_(self.before)
+            self.before = None
+
+
+class _Split:
+    lasts = False
+
+    def __init__(self, table: Table, rows: nn.Parameter, ids: list[int], scope: ForwardScope) -> None:
+        self.table, self.rows, self.ids, self.scope = table, rows, ids, scope
+        self.row_name = ""
+        self._done: list[tuple[nn.Module, dict[str, str], list[str]]] = []
+        self._hooks: list[Any] = []
+
+    def do(self) -> None:
+        (owner, name), *tied = self.table.holders
+        with _accelerate_hook_off(owner):
+            names = split_module(owner, {name: self.rows}, self.ids, dims={name: self.table.dim}, scope=self.scope)
+        self.row_name = names[name]
+        self._done.append((owner, names, []))
+        assert isinstance(owner, PartialModule)
+        for module, attribute in tied:
+            with _accelerate_hook_off(module):
+                shared = {attribute: owner._row_sources[name]}
+                split_module(module, {}, self.ids, shared=shared, scope=self.scope)
+            self._done.append((module, {}, [attribute]))
+        for module, _ in self.table.holders:
+            # A forward of its own may read the table where the model's forward is not entered.
+            if isinstance(module, PartialModule) and module._unsplit_class not in (nn.Embedding, nn.Linear):
+                self._hooks += self.scope.hook(module)
+
+    def undo(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        # The owner first: a tied module gives its rows up when the owner has none left.
+        for module, names, shared in self._done:
+            assert isinstance(module, PartialModule)
+            with _accelerate_hook_off(module):
+                unsplit_module(module, names, shared, len(self.ids))
+        self._done = []
+
+
+class _Mask:
+    """Mask a table's gradient; row sets on the same table let each other's rows through."""
+
+    lasts = False
+
+    def __init__(self, table: Table, ids: list[int], others: list[MaskHandle]) -> None:
+        self.table, self.ids, self.others, self.handle = table, ids, others, None
+
+    handle: MaskHandle | None
+
+    def do(self) -> None:
+        module, attribute = self.table.holders[0]
+        others = self.others[0].ids if self.others else []
+        self.handle = MaskHandle({attribute: module}, [*others, *self.ids], self.table.dim)
+        for other in self.others:
+            other.ids = [*other.ids, *self.ids]
+
+    def undo(self) -> None:
+        if self.handle is not None:
+            for other in self.others:
+                other.ids = [token_id for token_id in other.ids if token_id not in set(self.ids)]
+            self.handle.remove()
+            self.handle = None
+
+
+class _OpenScope:
+    """Hook the model's forward, once for all its row sets."""
+
+    lasts = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.hooks = model, list[Any]()
+
+    def do(self) -> None:
+        if getattr(self.model, _SCOPE, None) is None:
+            scope = ForwardScope()
+            self.hooks = scope.hook(self.model)
+            self.model.__dict__[_SCOPE] = scope
+
+    def undo(self) -> None:
+        if self.hooks:
+            for hook in self.hooks:
+                hook.remove()
+            del self.model.__dict__[_SCOPE]
+            self.hooks = []
+
+
+class _HideRows:
+    """Keep the rows' own keys out of what `save_pretrained` writes: the tables hold them there."""
+
+    lasts = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.steps = model, list[_Set]()
+
+    def do(self) -> None:
+        keys = [
+            f"{name}.{key}" if name else key
+            for name, module in self.model.named_modules(remove_duplicate=False)
+            if isinstance(module, PartialModule) and "new_rows" in module._modules
+            for key in (f"new_rows.{row_name}" for row_name in module.new_rows._parameters)
+        ]
+        for prefix, module in self.model.named_modules():
+            if hasattr(type(module), "_keys_to_ignore_on_save"):
+                start = f"{prefix}." if prefix else ""
+                own = [key.removeprefix(start) for key in keys if key.startswith(start)]
+                ignored = sorted({*(module._keys_to_ignore_on_save or ()), *own})
+                step = _Set(module, "_keys_to_ignore_on_save", ignored)
+                self.steps.append(step)
+                step.do()
+
+    def undo(self) -> None:
+        while self.steps:
+            self.steps.pop().undo()
+
+
+class _Set:
+    """Set an attribute of the instance; where it had none, it has none afterwards."""
+
+    lasts = False
+
+    def __init__(self, owner: Any, name: str, value: Any) -> None:
+        self.owner, self.name, self.value = owner, name, value
+        self.done, self.had, self.before = False, False, None
+
+    def do(self) -> None:
+        self.had = self.name in self.owner.__dict__
+        self.before = self.owner.__dict__.get(self.name)
+        self.owner.__dict__[self.name] = self.value
+        self.done = True
+
+    def undo(self) -> None:
+        if self.done and self.had:
+            self.owner.__dict__[self.name] = self.before
+        elif self.done:
+            self.owner.__dict__.pop(self.name, None)
+        self.done = False
+
+
+def _refuse_resize(*args: object, **kwargs: object) -> None:
+    raise PartialEmbeddingError(
+        "resize_token_embeddings would tear the tables away from the rows that are attached to them. Add "
+        "tokens with add_tokens, or call partial.merge() or partial.detach() first."
+    )
+
+
+@contextmanager
+def _accelerate_hook_off(module: nn.Module) -> Iterator[None]:
+    """Take accelerate's hook off while the class changes: it holds the forward of the old class."""
+    hook = module.__dict__.get("_hf_hook")
+    if hook is None:
+        yield
+        return
+    hooks = importlib.import_module("accelerate.hooks")
+    hooks.remove_hook_from_module(module)
+    try:
+        yield
+    finally:
+        hooks.add_hook_to_module(module, hook)

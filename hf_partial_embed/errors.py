@@ -1,0 +1,41 @@
+"""The package's exceptions. Every message says what is wrong, the values seen and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class PartialEmbeddingError(ValueError):
+    """Base of every error that this package raises on purpose.
+
+    When it is raised, model, tokenizer and files are as they were before the call.
+    """
+
+
+class FrozenRowsChangedError(PartialEmbeddingError):
+    """Rows that were promised to stay still have changed.
+
+    Attributes:
+        changed (`dict[str, list[int]]`): ids of the changed rows by the name of their table.
+    """
+
+    def __init__(self, changed: dict[str, list[int]]) -> None:
+        self.changed = changed
+        parts = [f"{name}: {count(ids, 'row')} ({shorten(ids)})" for name, ids in changed.items()]
+        super().__init__(
+            "Frozen rows have changed since the tokens were attached: "
+            + "; ".join(parts)
+            + ". Something wrote to them in place. Under strategy='mask' an optimizer does that unless "
+            "partial.protect(optimizer) is called before the first step; strategy='split' needs no call."
+        )
+
+
+def count(items: Sequence[object], noun: str) -> str:
+    """`3 rows`, `1 row`."""
+    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
+
+
+def shorten(items: Sequence[object], limit: int = 8) -> str:
+    """The first few items of a long list, as they stand in a message."""
+    shown = ", ".join(repr(item) for item in items[:limit])
+    return shown if len(items) <= limit else f"{shown}, ... {len(items) - limit} more"

@@ -1,0 +1,731 @@
+"""The two faces of a set of token rows: live on a model (`PartialEmbedding`), and by itself (`TokenRows`)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from torch import Tensor, nn
+
+from .attachment import Attachment
+from .errors import PartialEmbeddingError, count, shorten
+from .hub import locate_rows, merged_card, rows_card, upload, write_card
+from .initializers import Initializer, InitRequest, initial_rows, resolve
+from .layout import Table, VocabularyLayout, find_layout
+from .rows_file import ROWS_FILE, read_rows, write_rows
+from .split import check_ids
+from .vocabulary import (
+    check_new,
+    encode_all,
+    find_ids,
+    known_id,
+    normalize_tokens,
+    token_from_dict,
+    token_to_dict,
+)
+
+__all__ = ["PartialEmbedding", "TokenRows", "add_tokens", "load_tokens", "train_tokens"]
+
+logger = logging.getLogger(__name__)
+
+Tokens = Sequence["str | AddedToken"] | Mapping[Any, "str | Tensor"]
+
+
+def add_tokens(
+    model: Any,
+    tokenizer: Any,
+    tokens: Tokens,
+    *,
+    init: str | Initializer = "subtoken_mean",
+    strategy: str = "split",
+    output: str | bool = "auto",
+    special: bool = False,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> PartialEmbedding:
+    """Add tokens to a tokenizer and a model, and make their rows the only ones that train.
+
+    All other rows of the input embeddings and of the output head are frozen. Everything else in the
+    model keeps the `requires_grad` that it has. Right afterwards the logits over the old vocabulary are
+    what they were before.
+
+    Args:
+        model: a `transformers` model, on any device, in any floating-point dtype.
+        tokenizer: its tokenizer (or a processor that has one).
+        tokens: a list of `str` or `AddedToken`; or a dict from token to what its row starts from: a
+            string is a description, whose pieces are averaged, a tensor `[d]` is the input row itself.
+        init: name of an initialiser (`"subtoken_mean"`, `"mean"`), or a function from an
+            `InitRequest` to rows.
+        strategy: `"split"`: the rows are a parameter of their own, `[K, d]`, beside a frozen table.
+            `"mask"`: the model's modules stay as they are and the gradient of frozen rows is zeroed;
+            then the optimizer needs `partial.protect(optimizer)`, which the callback does in a Trainer.
+        output: `"auto"` trains the head's new rows too where there is a head over the vocabulary;
+            `False` leaves them at their initial values.
+        special: whether the tokens are special ones, which `decode(skip_special_tokens=True)` drops.
+        dtype: of the trainable rows; `None` is float32 under `"split"` and the model's under `"mask"`.
+        seed: of initialisers that draw random numbers.
+
+    Returns:
+        The `PartialEmbedding` that is now on the model.
+
+    Raises:
+        `PartialEmbeddingError`: tokens that are known, repeated, empty or never used; a model whose
+            vocabulary cannot grow; arguments that do not fit. Model and tokenizer are unchanged.
+    """
+    tokenizer = _plain_tokenizer(tokenizer, needed=True)
+    starts = tokens if isinstance(tokens, Mapping) else {}
+    added = normalize_tokens(list(tokens) if isinstance(tokens, Mapping) else tokens, special)
+    resolve(init)
+    check_new(tokenizer, added)
+    layout = find_layout(model, len(tokenizer) + len(added))
+    _check_options(layout, strategy, output, dtype)
+    rows = _initial_rows(model, tokenizer, layout, added, list(starts.values()) or None, init, seed)
+    return _attach(model, tokenizer, layout, tokens=added, rows=rows, strategy=strategy, output=output, dtype=dtype)
+
+
+def train_tokens(
+    model: Any,
+    tokenizer: Any,
+    tokens: Sequence[str | AddedToken] | Sequence[int],
+    *,
+    strategy: str = "split",
+    output: str | bool = "auto",
+    dtype: torch.dtype | None = None,
+) -> PartialEmbedding:
+    """Make rows that exist the only ones that train; otherwise like `add_tokens`.
+
+    Args:
+        model: a `transformers` model.
+        tokenizer: its tokenizer; may be `None` where `tokens` are ids.
+        tokens: tokens of the vocabulary, or ids, in any order.
+        strategy, output, dtype: as in `add_tokens`.
+
+    Raises:
+        `PartialEmbeddingError`: tokens that are not in the vocabulary, ids outside of the table, either
+            given twice; arguments that do not fit. Nothing has changed.
+    """
+    layout = find_layout(model)
+    _check_options(layout, strategy, output, dtype)
+    values: list[Any] = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
+    by_text = bool(values) and all(isinstance(token, (str, AddedToken)) for token in values)
+    tokenizer = _plain_tokenizer(tokenizer, needed=by_text)
+    texts: list[AddedToken] = []
+    if by_text:
+        ids = find_ids(tokenizer, [str(token) for token in values])
+        texts = [_existing_token(tokenizer, token_id) for token_id in ids]
+    else:
+        if any(isinstance(token, (str, AddedToken)) for token in values):
+            raise PartialEmbeddingError(f"Give tokens or ids, not both: {shorten(values)}.")
+        ids = check_ids(values, min(table.size for table in layout.tables))
+        if tokenizer is not None:
+            texts = [_existing_token(tokenizer, i) for i in ids if _has_token(tokenizer, i)]
+            texts = texts if len(texts) == len(ids) else []
+    rows = {table.name: table.rows(ids) for table in layout.tables if table.role != "buffer"}
+    return _attach(
+        model, tokenizer, layout, tokens=texts, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype
+    )
+
+
+def load_tokens(
+    model: Any,
+    tokenizer: Any,
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trainable: bool = True,
+) -> PartialEmbedding:
+    """Attach saved rows to a model: `TokenRows.from_pretrained(source).attach(model, tokenizer)`.
+
+    Args:
+        model: a model with embeddings of the width that the rows have.
+        tokenizer: its tokenizer; tokens that it does not know are added, with ids of its own.
+        source: a row file, a folder that has one, or a Hub repository id.
+        revision: of the repository.
+        token: to read a private repository.
+        trainable: whether the rows go on training.
+
+    Raises:
+        `PartialEmbeddingError`: as `TokenRows.from_pretrained` and `TokenRows.attach` raise it.
+    """
+    rows = TokenRows.from_pretrained(source, revision=revision, token=token)
+    return rows.attach(model, tokenizer, trainable=trainable)
+
+
+class PartialEmbedding:
+    """Token rows on a model: what `add_tokens`, `train_tokens` and `load_tokens` return.
+
+    Attributes:
+        model: what the rows are attached to.
+        tokenizer: its tokenizer, `None` where rows were chosen by id.
+    """
+
+    def __init__(self, attachment: Attachment) -> None:
+        self._attachment = attachment
+
+    @property
+    def model(self) -> Any:
+        return self._attachment.model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._attachment.tokenizer
+
+    @property
+    def tokens(self) -> list[str]:
+        """Texts of the tokens; empty where rows were chosen by id without a tokenizer."""
+        return [token.content for token in self._attachment.tokens]
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Ids, in the order of `tokens`."""
+        return list(self._attachment.ids)
+
+    @property
+    def strategy(self) -> str:
+        return self._attachment.strategy
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What trains: the rows of each table; under `"mask"` the whole tables."""
+        self._require_attached("parameters")
+        for table in self._attachment.trained:
+            yield self._attachment.parameter(table)
+
+    def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer. Decay would pull new rows towards zero, so there is none."""
+        return [{"params": list(self.parameters()), "lr": lr, "weight_decay": weight_decay}]
+
+    def requires_grad_(self, requires_grad: bool = True) -> PartialEmbedding:
+        """Let the rows train or not; needed after something else froze the whole model (PEFT does)."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(requires_grad)
+        return self
+
+    def protect(self, optimizer: Any) -> None:
+        """Keep frozen rows still under `"mask"` in a training loop of one's own; see `MaskHandle.protect`.
+
+        Call it once, before the first step. Under `"split"` it does nothing, since nothing is needed.
+        """
+        self._require_attached("protect")
+        self._attachment.protect(optimizer)
+
+    def verify(self) -> None:
+        """Check that no frozen row has changed by one bit since the rows were attached.
+
+        Raises:
+            `FrozenRowsChangedError`: names the ids of those that have.
+        """
+        self._require_attached("verify")
+        self._attachment.verify()
+
+    def rows_and_tables(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """What trains, each with the whole table that it belongs to."""
+        self._require_attached("rows_and_tables")
+        for table in self._attachment.trained:
+            yield self._attachment.parameter(table), table.tensor
+
+    def token_rows(self) -> TokenRows:
+        """The rows as they are now: detached copies on the CPU."""
+        attachment = self._attachment
+        assert attachment.layout is not None
+        keys = _row_keys(attachment.layout)
+        return TokenRows.from_tensors(
+            {key: attachment.current_rows(table) for key, table in keys.items()},
+            added_tokens=[token_to_dict(token) for token in attachment.tokens],
+            token_ids=self.token_ids,
+            base_model=_model_name(self.model),
+            tied=attachment.layout.tied,
+        )
+
+    @torch.no_grad()
+    def adopt(self, rows: TokenRows, *, if_equal_rounded: bool = False) -> bool:
+        """Set the rows to the values of others of the same tokens.
+
+        Args:
+            rows: the values.
+            if_equal_rounded: only if they round to the present ones in the table's dtype.
+
+        Returns:
+            `bool`: whether the values were set.
+        """
+        attachment = self._attachment
+        self._require_attached("adopt")
+        assert attachment.layout is not None
+        values = rows.tensors()
+        pairs = []
+        for key, table in _row_keys(attachment.layout).items():
+            if table in attachment.trained:
+                if key not in values or rows.tokens != self.tokens:
+                    return False
+                pairs.append((attachment.parameter(table), values[key], table))
+        if self.strategy == "mask":
+            return False
+        for parameter, value, table in pairs:
+            dtype = table.tensor.dtype
+            if value.shape != parameter.shape:
+                return False
+            if if_equal_rounded and not torch.equal(value.to(dtype), parameter.detach().cpu().to(dtype)):
+                return False
+        for parameter, value, _ in pairs:
+            parameter.copy_(value)
+        return True
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Save the rows: see `TokenRows.save_pretrained`."""
+        self.token_rows().save_pretrained(path)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        merged: bool = False,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Publish the rows, or with `merged=True` the whole model and tokenizer, with a model card.
+
+        Args:
+            repo_id: repository on the Hub, made where it does not exist.
+            merged: whether to publish an ordinary checkpoint instead of the rows.
+            private, token, revision, commit_message, create_pr: as `huggingface_hub` has them.
+
+        Returns:
+            `str`: the URL of the commit or the pull request.
+        """
+        options: dict[str, Any] = {
+            "private": private, "token": token, "revision": revision, "create_pr": create_pr
+        }  # fmt: skip
+        if not merged:
+            return self.token_rows().push_to_hub(repo_id, commit_message=commit_message, **options)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            self.model.save_pretrained(folder)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
+            card = merged_card(
+                self.tokens,
+                base_model=_model_name(self.model),
+                repo_id=repo_id,
+                model_class=(self.model.config.architectures or [type(self.model).__name__])[0],
+            )
+            write_card(folder, card)
+            message = commit_message or f"Upload model with {count(self.token_ids, 'trained token row')}"
+            return upload(folder, repo_id, commit_message=message, **options)
+
+    def merge(self) -> Any:
+        """Leave the rows in plain `nn.Embedding` and `nn.Linear` modules, and take off all else.
+
+        Returns:
+            The model, an ordinary one. The tokenizer keeps the tokens.
+        """
+        self._require_attached("merge")
+        self._attachment.merge()
+        return self.model
+
+    def detach(self) -> TokenRows:
+        """Take the rows off: model and tokenizer are as they were before, bit for bit.
+
+        Row sets that were attached later stay, with ids given afresh.
+
+        Returns:
+            The rows.
+        """
+        self._require_attached("detach")
+        rows = self.token_rows()
+        self._attachment.detach()
+        return rows
+
+    def _require_attached(self, action: str) -> None:
+        if not self._attachment.attached:
+            raise PartialEmbeddingError(
+                f"Cannot {action}: these rows are not on a model any more (merged or detached). Attach them again "
+                "with TokenRows.attach."
+            )
+
+    def __repr__(self) -> str:
+        state = "" if self._attachment.attached else ", not attached"
+        names = self.tokens or self.token_ids
+        return (
+            f"PartialEmbedding({count(names, 'token')}: {shorten(names, 4)}; {self.strategy}, "
+            f"{type(self.model).__name__}{state})"
+        )
+
+
+def _row_keys(layout: VocabularyLayout) -> dict[str, Table]:
+    """Under which name a row file has the rows of each table."""
+    names = {"input": "input_rows", "output": "output_rows", "bias": "output_bias"}
+    keys: dict[str, Table] = {}
+    for table in layout.tables:
+        if table.role != "buffer":
+            key = names.get(table.role)
+            keys[f"extra.{table.name}" if key is None or key in keys else key] = table
+    return keys
+
+
+@dataclass
+class TokenRows:
+    """Rows of tokens by themselves, on the CPU: what is saved, published, and attached elsewhere.
+
+    Attributes:
+        tokens: texts of the `K` tokens; empty where rows were chosen by id without a tokenizer.
+        input_rows (`torch.Tensor` of shape `(K, d)`): rows of the input embeddings.
+        output_rows (`torch.Tensor` of shape `(K, d)`, *optional*): rows of the head; `None` where it is
+            tied to the input embeddings, or where there is none.
+        output_bias (`torch.Tensor` of shape `(K,)`, *optional*): entries of the head's bias.
+        extra_rows: rows of further tables over the vocabulary, by parameter name.
+        token_ids: ids that the rows had; used only where there are no tokens.
+        added_tokens: text and flags of each token.
+        base_model: name of the model that the rows were trained on.
+        tied: whether that model's head was tied.
+    """
+
+    tokens: list[str]
+    input_rows: Tensor
+    output_rows: Tensor | None = None
+    output_bias: Tensor | None = None
+    extra_rows: dict[str, Tensor] = field(default_factory=dict)
+    token_ids: list[int] = field(default_factory=list)
+    added_tokens: list[dict[str, Any]] = field(default_factory=list)
+    base_model: str | None = None
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.added_tokens:
+            self.added_tokens = [token_to_dict(AddedToken(token, normalized=True)) for token in self.tokens]
+        if not self.token_ids:
+            self.token_ids = list(range(len(self.input_rows)))
+        self._check()
+
+    def _check(self) -> None:
+        size = len(self.token_ids)
+        for name, rows in self.tensors().items():
+            if len(rows) != size:
+                raise PartialEmbeddingError(
+                    f"{name} has {len(rows)} rows, but there are {count(self.token_ids, 'token')}: "
+                    f"{shorten(self.tokens or self.token_ids)}."
+                )
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], *, added_tokens: list[dict[str, Any]], **metadata: Any
+    ) -> TokenRows:
+        """The inverse of `tensors`, with the metadata of a row file."""
+        known = ("input_rows", "output_rows", "output_bias")
+        return cls(
+            tokens=[token["content"] for token in added_tokens],
+            extra_rows={name.removeprefix("extra."): rows for name, rows in tensors.items() if name not in known},
+            added_tokens=added_tokens,
+            **{name: tensors[name] for name in known if name in tensors},  # type: ignore[arg-type]
+            **metadata,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All rows, by the name that they have in a row file."""
+        tensors = {"input_rows": self.input_rows}
+        if self.output_rows is not None:
+            tensors["output_rows"] = self.output_rows
+        if self.output_bias is not None:
+            tensors["output_bias"] = self.output_bias
+        return {**tensors, **{f"extra.{name}": rows for name, rows in self.extra_rows.items()}}
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Save the rows as one safetensors file, and a model card, in the folder `path`.
+
+        The file is written beside its place, brought to the disk and renamed: whatever happens on the
+        way, the old file or the new one is there, whole. A `README.md` of somebody else's is left alone.
+        """
+        self._save(Path(path), repo_id=str(path))
+
+    def save_file(self, path: str | os.PathLike[str]) -> None:
+        """Save the rows as the file `path`, without a model card."""
+        metadata = {
+            "tokens": self.added_tokens,
+            "token_ids": self.token_ids,
+            "base_model": self.base_model,
+            "tied": self.tied,
+        }
+        write_rows(path, self.tensors(), metadata)
+
+    def _save(self, folder: Path, repo_id: str) -> None:
+        if folder.is_file():
+            raise PartialEmbeddingError(f"Cannot save to {folder}: it is a file. Give the path of a folder.")
+        self.save_file(folder / ROWS_FILE)
+        card = rows_card(
+            self.tokens or [f"id {token_id}" for token_id in self.token_ids],
+            {name: tuple(rows.shape) for name, rows in self.tensors().items()},
+            base_model=self.base_model,
+            repo_id=repo_id,
+            file_bytes=(folder / ROWS_FILE).stat().st_size,
+        )
+        write_card(folder, card)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> TokenRows:
+        """Load rows from a row file, a folder that has one, or a Hub repository.
+
+        Nothing is unpickled and no code is run.
+
+        Raises:
+            `PartialEmbeddingError`: there is no row file, or it is damaged or of a newer version.
+        """
+        tensors, metadata = read_rows(locate_rows(source, revision=revision, token=token))
+        return cls.from_tensors(
+            tensors,
+            added_tokens=metadata["tokens"],
+            token_ids=metadata["token_ids"],
+            base_model=metadata["base_model"],
+            tied=metadata["tied"],
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Publish the row file and a model card; returns the URL of the commit or pull request."""
+        with tempfile.TemporaryDirectory() as name:
+            self._save(Path(name), repo_id)
+            return upload(
+                Path(name),
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                commit_message=commit_message or f"Upload {count(self.token_ids, 'token row')}",
+                create_pr=create_pr,
+            )
+
+    def attach(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        strategy: str = "split",
+        output: str | bool = "auto",
+        dtype: torch.dtype | None = None,
+        trainable: bool = True,
+    ) -> PartialEmbedding:
+        """Put the rows on a model.
+
+        Tokens are matched by their text: those that the tokenizer knows get these rows, the others are
+        added. Rows without texts are matched by id.
+
+        Args:
+            model, tokenizer, strategy, output, dtype: as in `add_tokens`.
+            trainable: whether the rows go on training.
+
+        Raises:
+            `PartialEmbeddingError`: the model's embeddings have another width, or tables that the rows
+                do not fit. Nothing has changed.
+        """
+        tokenizer = _plain_tokenizer(tokenizer, needed=bool(self.tokens))
+        added = [token_from_dict(token) for token in self.added_tokens]
+        known = {token.content: known_id(tokenizer, token.content) for token in added}
+        new = [token for token in added if known[token.content] is None]
+        layout = find_layout(model, len(tokenizer) + len(new) if new else None)
+        _check_options(layout, strategy, output, dtype)
+        rows = self._fit(model, tokenizer, layout, added)
+        ids = None
+        if not self.tokens:
+            ids = check_ids(self.token_ids, min(table.size for table in layout.tables))
+        partial = _attach(
+            model, tokenizer, layout, tokens=added, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype
+        )
+        return partial if trainable else partial.requires_grad_(False)
+
+    def _fit(self, model: Any, tokenizer: Any, layout: VocabularyLayout, added: list[AddedToken]) -> dict[str, Tensor]:
+        """The rows for each table of a model; what these rows lack is initialised from the pieces."""
+        here, there = type(model).__name__, self.base_model or "another model"
+        name = _model_name(model)
+        if self.base_model and name and Path(name).name != Path(self.base_model).name:
+            logger.warning(
+                "These rows were trained on %r and are attached to %r: they may mean nothing there.",
+                self.base_model,
+                name,
+            )
+        if layout.tied and self.output_rows is not None:
+            raise PartialEmbeddingError(
+                f"Cannot attach rows with an output row of their own to {here}: its head is tied to the input "
+                f"embeddings. The rows were trained on {there!r}; load that base model."
+            )
+        rows: dict[str, Tensor] = {}
+        missing: list[Table] = []
+        values = self.tensors()
+        for key, table in _row_keys(layout).items():
+            given = values.get(key)
+            if given is None and table.role == "output" and self.tied:
+                given = self.input_rows  # they were the head's rows as well
+            if given is None:
+                missing.append(table)
+                continue
+            width = tuple(table.tensor.movedim(table.dim, 0).shape[1:])
+            if tuple(given.shape[1:]) != width:
+                raise PartialEmbeddingError(
+                    f"Cannot attach {len(self)} rows of width {'×'.join(map(str, given.shape[1:]))} to {here}: its "
+                    f"{_TABLE_NAMES[table.role]} are {'×'.join(map(str, width))} wide. The rows were trained on "
+                    f"{there!r}; load that base model."
+                )
+            rows[table.name] = given
+        if missing and self.tokens:
+            logger.warning(
+                "The rows have no values for %s of %s; they start at the mean of their pieces.",
+                [table.name for table in missing],
+                here,
+            )
+            some = VocabularyLayout(missing)
+            rows.update(_initial_rows(model, tokenizer, some, added, None, "subtoken_mean", 0))
+        return rows
+
+
+_TABLE_NAMES = {
+    "input": "input embeddings", "output": "output embeddings", "bias": "biases", "extra": "further tables"
+}  # fmt: skip
+
+
+def _attach(
+    model: Any,
+    tokenizer: Any,
+    layout: VocabularyLayout,
+    *,
+    tokens: Sequence[AddedToken],
+    rows: dict[str, Tensor],
+    strategy: str,
+    output: str | bool,
+    dtype: torch.dtype | None,
+    ids: Sequence[int] | None = None,
+) -> PartialEmbedding:
+    attachment = Attachment(
+        model, tokenizer, tokens=tokens, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype
+    )
+    attachment.apply(layout)
+    return PartialEmbedding(attachment)
+
+
+def _check_options(layout: VocabularyLayout, strategy: str, output: str | bool, dtype: torch.dtype | None) -> None:
+    if strategy not in ("split", "mask"):
+        raise PartialEmbeddingError(f"strategy={strategy!r} is unknown. Choose 'split' or 'mask'.")
+    if output != "auto" and output is not False:
+        raise PartialEmbeddingError(f"output={output!r} is unknown. Choose 'auto' or False.")
+    if output is False and layout.tied:
+        raise PartialEmbeddingError(
+            "output=False cannot be had on a model whose head is tied to its input embeddings: there is one row "
+            "for both. Use output='auto', or untie the head first."
+        )
+    if dtype is not None and not dtype.is_floating_point:
+        raise PartialEmbeddingError(f"dtype={dtype} is no floating-point dtype; rows could not train.")
+    if strategy == "mask" and dtype not in (None, layout.tables[0].tensor.dtype):
+        raise PartialEmbeddingError(
+            f"strategy='mask' trains the model's own tables, which are {layout.tables[0].tensor.dtype}; dtype={dtype} "
+            "cannot be had. Use strategy='split', or convert the model."
+        )
+
+
+def _initial_rows(
+    model: Any,
+    tokenizer: Any,
+    layout: VocabularyLayout,
+    tokens: list[AddedToken],
+    starts: list[str | Tensor] | None,
+    init: str | Initializer,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Rows of each table of a model for tokens that are not added yet."""
+    texts = [token.content for token in tokens]
+    given: list[Any] = starts or [None] * len(texts)
+    for text, start in zip(texts, given, strict=True):
+        if start is not None and not isinstance(start, (str, Tensor)):
+            raise PartialEmbeddingError(
+                f"Token {text!r} starts from {start!r}: give a description (str) or its row (a tensor)."
+            )
+    sources = [start if isinstance(start, str) else text for text, start in zip(texts, given, strict=True)]
+    pieces = encode_all(tokenizer, sources)
+    empty = [text for text, start, ids in zip(texts, given, pieces, strict=True) if isinstance(start, str) and not ids]
+    if empty:
+        raise PartialEmbeddingError(f"The descriptions of {shorten(empty)} have no tokens. Describe them in words.")
+    rows = {}
+    for table in layout.tables:
+        if table.role == "buffer":
+            continue
+        old = table.tensor.detach().movedim(table.dim, 0)
+        trained = torch.arange(len(old)) < len(tokenizer)
+        padding = getattr(table.holders[0][0], "padding_idx", None)
+        padding = tokenizer.pad_token_id if padding is None else padding
+        if padding is not None and 0 <= padding < len(trained):
+            trained[padding] = False
+        request = InitRequest(
+            table=old,
+            role=table.role,
+            tokens=texts,
+            pieces=[[piece for piece in ids if piece < len(old) and trained[piece]] for ids in pieces],
+            trained_rows=trained,
+            model=model,
+            tokenizer=tokenizer,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        values = initial_rows(init, request)
+        if table.role == "input":
+            for row, text, start in zip(values, texts, given, strict=True):
+                if isinstance(start, Tensor):
+                    row.copy_(_check_row(start, text, row))
+        rows[table.name] = values
+    return rows
+
+
+def _check_row(start: Tensor, text: str, row: Tensor) -> Tensor:
+    if start.shape != row.shape or not start.is_floating_point() or not torch.isfinite(start).all():
+        raise PartialEmbeddingError(
+            f"The row given for {text!r} has shape {tuple(start.shape)} and dtype {start.dtype}; finite "
+            f"floating-point numbers of shape {tuple(row.shape)} are needed."
+        )
+    return start.detach()
+
+
+def _plain_tokenizer(tokenizer: Any, *, needed: bool) -> Any:
+    """The tokenizer itself where a processor was given."""
+    inner = getattr(tokenizer, "tokenizer", tokenizer)
+    if needed and not hasattr(inner, "convert_tokens_to_ids"):
+        raise PartialEmbeddingError(
+            f"A tokenizer is needed, but got {type(tokenizer).__name__}. Pass the model's tokenizer, e.g. "
+            "AutoTokenizer.from_pretrained(...)."
+        )
+    return inner
+
+
+def _existing_token(tokenizer: Any, token_id: int) -> AddedToken:
+    added: AddedToken | None = tokenizer.added_tokens_decoder.get(token_id)
+    if added is not None:
+        return token_from_dict(token_to_dict(added))
+    return AddedToken(tokenizer.convert_ids_to_tokens(token_id))
+
+
+def _has_token(tokenizer: Any, token_id: int) -> bool:
+    return token_id < len(tokenizer) and tokenizer.convert_ids_to_tokens(token_id) is not None
+
+
+def _model_name(model: Any) -> str | None:
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return name or None

@@ -1,0 +1,291 @@
+"""The rows of a module that train, beside its frozen tables, in plain PyTorch.
+
+A partial module keeps each whole table as one frozen parameter of the ordinary name and shape, so that
+ties, `state_dict` and everything that asks for `weight.shape` see an ordinary module. The rows that
+train are a parameter of their own, `[K, ...]`, in a child module called `new_rows`. The table's copy of
+them is written whenever somebody looks: `state_dict`, pickling, and reading `module.weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ForwardScope", "NewRows", "PartialModule", "RowIndex", "RowSource", "TableProperty"]
+
+
+class NewRows(nn.Module):
+    """The trainable rows of the tables of one module.
+
+    There is one parameter for each table and row set: `weight` for the first set of rows of the table
+    `weight`, `weight__1` for the next. It is a module, and is called, because sharding, offloading and
+    PEFT's `modules_to_save` all work by module.
+    """
+
+    def forward(self, table_name: str) -> Tensor:
+        """The rows of all sets of one table, `[K, ...]`, in the order in which they were attached."""
+        rows: list[Tensor] = [getattr(self, name) for name in self.set_names(table_name)]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def set_names(self, table_name: str) -> list[str]:
+        """Names of the parameters that hold rows of `table_name`, in the order of attachment."""
+        return [name for name in self._parameters if name.partition("__")[0] == table_name]
+
+    def add_set(self, table_name: str, rows: nn.Parameter) -> str:
+        """Register `rows` as one more set of rows of `table_name`; returns the parameter's name."""
+        existing = self.set_names(table_name)
+        number = 1 + max((int(name.partition("__")[2] or 0) for name in existing), default=-1)
+        name = f"{table_name}__{number}" if number else table_name
+        self.register_parameter(name, rows)
+        return name
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # A standard checkpoint has no such keys: the module above takes the rows from its table.
+        missing: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+
+
+class RowIndex:
+    """Which ids of a table are read from `new_rows`, in the order of the rows.
+
+    Args:
+        ids: the trainable ids of all row sets, one after another.
+    """
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self.ids = tuple(ids)
+        self.row_of = {token_id: row for row, token_id in enumerate(self.ids)}
+        self.start = self.ids[0]
+        self.stop = self.start + len(self.ids)
+        self.contiguous = self.ids == tuple(range(self.start, self.stop))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def lookup(self, input_ids: Tensor, buffers: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """For each id whether it is trainable (bool), and its row (any valid row where it is not)."""
+        if self.contiguous:
+            is_new = (input_ids >= self.start) & (input_ids < self.stop)
+            return is_new, torch.where(is_new, input_ids - self.start, 0)
+        assert buffers is not None
+        sorted_ids, order = buffers
+        wide = input_ids.to(torch.int64, memory_format=torch.contiguous_format)
+        position = torch.searchsorted(sorted_ids, wide).clamp(max=len(self) - 1)
+        return sorted_ids[position] == wide, order[position]
+
+
+class ForwardScope:
+    """Counts how many of the forwards it is hooked to are running.
+
+    Inside of a forward `module.weight` is the whole table, differentiable in the trainable rows, for
+    the fused losses that read it; outside it is the parameter itself, so that ties keep their identity.
+    The hooks are bound methods so that a deep copy of the model has hooks of its own.
+    """
+
+    def __init__(self) -> None:
+        self.depth = 0
+
+    def enter(self, module: nn.Module, args: object) -> None:
+        self.depth += 1
+
+    def leave(self, module: nn.Module, args: object, output: object) -> None:
+        self.depth = max(0, self.depth - 1)
+
+    def hook(self, module: nn.Module) -> list[Any]:
+        """Count the forwards of `module`; returns the handles of the hooks."""
+        return [
+            module.register_forward_pre_hook(self.enter),
+            module.register_forward_hook(self.leave, always_call=True),
+        ]
+
+
+class RowSource:
+    """Where a table of a split module has its trainable rows: in which module, under which name."""
+
+    def __init__(self, owner: PartialModule, table_name: str, index: RowIndex, dim: int = 0) -> None:
+        self.owner = owner
+        self.table_name = table_name
+        self.index = index
+        self.dim = dim
+
+    def rows(self) -> Tensor:
+        """All trainable rows, `[K, ...]`, in their own dtype."""
+        rows: Tensor = self.owner.new_rows(self.table_name)
+        return rows
+
+    def lookup(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.index.lookup(input_ids, self.owner.row_buffers(self.table_name))
+
+    def ids(self, device: torch.device) -> Tensor:
+        """The trainable ids, int64 `[K]`, on `device`."""
+        if self.index.contiguous:
+            return torch.arange(self.index.start, self.index.stop, device=device)
+        sorted_ids, order = self.owner.row_buffers(self.table_name) or (None, None)
+        assert sorted_ids is not None and order is not None
+        return sorted_ids[torch.argsort(order)]
+
+
+class _WholeTable(torch.autograd.Function):
+    """The table with the trainable rows written in, as a view: its gradient reaches those rows."""
+
+    @staticmethod
+    def forward(table: Tensor, rows: Tensor, ids: Tensor, dim: int) -> Tensor:
+        # Past the version counter: the values of a forward that still waits for its backward do not
+        # change, and if an optimizer has changed the rows since, their own counter says so.
+        table.data.index_copy_(dim, ids, rows.detach().to(table.dtype).movedim(0, dim))
+        return table.view_as(table)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, rows, ids, dim = inputs
+        ctx.save_for_backward(rows, ids)
+        ctx.dim = dim
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
+        rows, ids = ctx.saved_tensors
+        return None, grad.index_select(ctx.dim, ids).movedim(ctx.dim, 0).to(rows.dtype), None, None
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    """`function.apply(*args)`, which has no type."""
+    result: Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
+    return result
+
+
+class PartialModule(nn.Module):
+    """What every split module has, whatever it computes: some tables of which some rows train.
+
+    A subclass of an embedding or a head that has a forward of its own, and any other module that holds
+    a parameter over the vocabulary, works through `module.<table>`, which is the whole table. The
+    forwards of `SplitEmbedding` and `SplitLinear` are the fast way for the two common operations.
+    """
+
+    _row_sources: dict[str, RowSource]
+    _forward_scope: ForwardScope | None
+    new_rows: Any
+
+    @staticmethod
+    def index_buffers(table_name: str) -> tuple[str, str]:
+        """Names of the buffers that `row_buffers` gives."""
+        return f"_{table_name}_sorted_ids", f"_{table_name}_row_order"
+
+    def row_buffers(self, table_name: str) -> tuple[Tensor, Tensor] | None:
+        """Sorted trainable ids and the row of each, int64 `[K]`; `None` where ids are contiguous."""
+        sorted_ids, order = (self._buffers.get(name) for name in self.index_buffers(table_name))
+        return None if sorted_ids is None or order is None else (sorted_ids, order)
+
+    def table(self, name: str) -> nn.Parameter:
+        """The parameter itself, with the current rows written into it."""
+        self.write_rows(name)
+        table = self._parameters[name]
+        assert table is not None
+        return table
+
+    def whole_table(self, name: str) -> Tensor:
+        """What `module.<name>` gives: see `ForwardScope`."""
+        table = self._parameters.get(name)
+        source = self.__dict__.get("_row_sources", {}).get(name)
+        if table is None or source is None:
+            if name in self._parameters:
+                return table  # type: ignore[return-value]
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if torch.compiler.is_compiling():  # no side effects in a graph; it drops what is not used
+            ids = source.ids(table.device)
+            return table.index_copy(source.dim, ids, source.rows().to(table.dtype).movedim(0, source.dim))
+        scope = self._forward_scope
+        if torch.is_grad_enabled() and (scope is None or scope.depth):
+            rows = source.rows()
+            if rows.requires_grad:
+                return apply(_WholeTable, table, rows, source.ids(table.device), source.dim)
+        return self.table(name)
+
+    @torch.no_grad()
+    def write_rows(self, *names: str) -> None:
+        """Write the current rows into the tables, all of them where no names are given."""
+        for name in names or tuple(self._row_sources):
+            source, table = self._row_sources[name], self._parameters[name]
+            if table is None or table.is_meta:
+                continue
+            rows = source.rows().detach().to(table.dtype).to(table.device)
+            table.data.index_copy_(source.dim, source.ids(table.device), rows.movedim(0, source.dim))
+
+    @torch.no_grad()
+    def read_rows(self, name: str) -> None:
+        """Take the rows from the table, as after a standard checkpoint was loaded into it.
+
+        Rows that round to what the table holds are left as they are: they are the exact ones.
+        """
+        source, table = self._row_sources[name], self._parameters[name]
+        assert table is not None
+        stored = table.detach().index_select(source.dim, source.ids(table.device)).movedim(source.dim, 0)
+        offset = 0
+        holder = source.owner.new_rows
+        for set_name in holder.set_names(source.table_name):
+            rows = getattr(holder, set_name)
+            part = stored[offset : offset + len(rows)].to(rows.device)
+            offset += len(rows)
+            if not torch.equal(rows.to(part.dtype), part):
+                rows.copy_(part)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.write_rows()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        for name in self._row_sources:
+            if prefix + name in state_dict:
+                self.read_rows(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.write_rows()
+        return self.__dict__
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made at run time, so it is pickled as what it is made of.
+        names = tuple(sorted(self._table_names))
+        return _rebuild, (self._make_class, self._unsplit_class, names), self.__getstate__()
+
+    _make_class: Callable[..., type[nn.Module]]
+    _unsplit_class: type[nn.Module] = nn.Module
+    _table_names: frozenset[str] = frozenset()
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr()]
+        for name, source in self._row_sources.items():
+            parts.append(f"trainable rows of {name}={len(source.index)}")
+        return ", ".join(part for part in parts if part)
+
+
+class TableProperty:
+    """`module.<name>`: the whole table. Assigning a parameter goes past it, as `nn.Module` does that."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: PartialModule | None, owner: type) -> Any:
+        return self if module is None else module.whole_table(self.name)
+
+    def __set__(self, module: PartialModule, value: object) -> None:
+        raise TypeError(
+            f"cannot assign {type(value).__name__} as {self.name!r} of {type(module).__name__}: "
+            "a torch.nn.Parameter is needed"
+        )
+
+
+def _rebuild(make_class: Callable[..., type[nn.Module]], base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    cls = make_class(base, names)
+    return cls.__new__(cls)

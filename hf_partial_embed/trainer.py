@@ -1,0 +1,250 @@
+"""The callback for `transformers.Trainer`: own learning rate, protection, verification, row files, resume."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .errors import PartialEmbeddingError
+from .mask import unwrap_optimizer
+from .partial import PartialEmbedding, TokenRows
+from .rows_file import ROWS_FILE
+
+__all__ = ["PartialEmbeddingCallback"]
+
+logger = logging.getLogger(__name__)
+
+_EXACT_ROWS = "hf_partial_embed_rows"
+
+
+class PartialEmbeddingCallback(TrainerCallback):
+    """Takes care of token rows while a `Trainer` runs.
+
+    It gives the rows their own learning rate without weight decay, keeps frozen rows still under
+    `strategy="mask"`, writes the row file into each checkpoint, continues with the rows' exact values
+    after a resume or when the best model is loaded, and verifies the frozen rows at the end.
+
+    Args:
+        partial (`PartialEmbedding`): the rows, or a list of several.
+        learning_rate (`float`, *optional*): of the rows, at the top of the Trainer's schedule; the
+            Trainer's own if not given.
+        weight_decay (`float`): of the rows. Decay pulls new rows towards zero, so the default is none.
+        verify (`bool`): whether to compare all frozen rows with their digests when training ends.
+        save_rows (`bool`): whether to write the row file beside each checkpoint.
+
+    Raises:
+        `PartialEmbeddingError`: a negative rate or decay; when training begins, rows that are not in
+            the optimizer.
+    """
+
+    def __init__(
+        self,
+        partial: PartialEmbedding | Iterable[PartialEmbedding],
+        *,
+        learning_rate: float | None = None,
+        weight_decay: float = 0.0,
+        verify: bool = True,
+        save_rows: bool = True,
+    ) -> None:
+        self.partials = [partial] if isinstance(partial, PartialEmbedding) else list(partial)
+        for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+            if value is not None and not value >= 0:
+                raise PartialEmbeddingError(f"{name}={value!r} must be a number of at least 0.")
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.verify = verify
+        self.save_rows = save_rows
+        self._hooks: list[Any] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer = unwrap_optimizer(kwargs["optimizer"])
+        for number, partial in enumerate(self.partials):
+            _check_in_optimizer(partial, optimizer)
+            partial.protect(optimizer)
+            stored = _take_from_optimizer(partial, optimizer)
+            if state.global_step and not stored:
+                folders = [args.resume_from_checkpoint, _checkpoint(args, state)]
+                _restore_from_files(partial, folders, number, in_checkpoint=not _is_adapter(kwargs["model"]))
+        parameters = [parameter for partial in self.partials for parameter in partial.parameters()]
+        exact = [
+            parameter
+            for partial in self.partials
+            for parameter in (partial.parameters() if _is_adapter(kwargs["model"]) else _rounded(partial))
+        ]
+        self._remove_hooks()
+        steps = _OwnGroup(optimizer, parameters, self.learning_rate, self.weight_decay)
+        self._hooks = [
+            optimizer.register_step_pre_hook(steps.before),
+            optimizer.register_step_post_hook(steps.after),
+            optimizer.register_state_dict_post_hook(_ExactRows(exact).store),
+        ]
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self.save_rows:
+            return
+        for number, partial in enumerate(self.partials):
+            rows = partial.token_rows()  # on every rank: a sharded run gathers here
+            if state.is_world_process_zero:
+                rows.save_file(_rows_file(_checkpoint(args, state), number))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._remove_hooks()
+        for number, partial in enumerate(self.partials):
+            if args.load_best_model_at_end and state.best_model_checkpoint:
+                in_checkpoint = not _is_adapter(kwargs["model"])
+                _restore_from_files(partial, [state.best_model_checkpoint], number, in_checkpoint=in_checkpoint)
+            if self.verify:
+                partial.verify()
+                logger.info("The frozen embedding rows have not changed by one bit.")
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+class _OwnGroup:
+    """Gives the rows a parameter group of their own for the time of each step.
+
+    Outside of the steps the groups are those that the Trainer made: schedulers and saved optimizer
+    states are organised by group, and a run can be resumed with or without the callback.
+    """
+
+    def __init__(
+        self, optimizer: Any, parameters: list[nn.Parameter], learning_rate: float | None, weight_decay: float
+    ) -> None:
+        self.rows = {id(parameter) for parameter in parameters}
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.top_rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+        self.saved: list[dict[str, Any]] | None = None
+
+    def before(self, optimizer: Any, *_: object) -> None:
+        self.after(optimizer)  # if the last step raised
+        self.saved = optimizer.param_groups
+        self.origins: list[dict[str, Any]] = []
+        optimizer.param_groups = []
+        for group, top_rate in zip(self.saved, self.top_rates, strict=True):
+            own = [parameter for parameter in group["params"] if id(parameter) in self.rows]
+            others = [parameter for parameter in group["params"] if id(parameter) not in self.rows]
+            if others or not own:
+                optimizer.param_groups.append({**group, "params": others})
+                self.origins.append(group)
+            if own:
+                rate = group["lr"]
+                if self.learning_rate is not None:
+                    rate = self.learning_rate * (rate / top_rate if top_rate else 1.0)
+                changed = {"lr": rate, "weight_decay": self.weight_decay}
+                optimizer.param_groups.append({**group, **changed, "params": own})
+                self.origins.append(group)
+
+    def after(self, optimizer: Any, *_: object) -> None:
+        if self.saved is None:
+            return
+        for group, origin in zip(optimizer.param_groups, self.origins, strict=True):
+            # Some optimizers count their steps in the group.
+            origin.update({k: v for k, v in group.items() if k not in ("params", "lr", "weight_decay")})
+        optimizer.param_groups, self.saved = self.saved, None
+
+
+class _ExactRows:
+    """Puts rows into the saved state of the optimizer, in their own dtype.
+
+    A standard checkpoint holds them in the table's dtype, an adapter's not at all; a resume continues
+    with those that it finds in the optimizer's state, wherever the checkpoint has been moved to.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+
+    def store(self, optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+        for parameter in self.parameters:
+            number = held.index(id(parameter))
+            if number in state_dict["state"]:
+                entry = state_dict["state"][number]
+                state_dict["state"][number] = {**entry, _EXACT_ROWS: parameter.detach().clone()}
+        return state_dict
+
+
+@torch.no_grad()
+def _take_from_optimizer(partial: PartialEmbedding, optimizer: Any) -> bool:
+    """Take the exact rows out of a loaded optimizer state; whether there were any."""
+    found = False
+    for parameter in partial.parameters():
+        rows = optimizer.state[parameter].pop(_EXACT_ROWS, None) if parameter in optimizer.state else None
+        if rows is not None:
+            parameter.copy_(rows)
+            found = True
+    return found
+
+
+def _restore_from_files(
+    partial: PartialEmbedding,
+    checkpoints: Iterable[str | os.PathLike[str] | None],
+    number: int,
+    *,
+    in_checkpoint: bool,
+) -> None:
+    """Take the exact rows from the row file of the checkpoint that was loaded, where that lacks them.
+
+    Args:
+        partial: whose rows.
+        checkpoints: folders where the file may be.
+        number: which of the callback's row sets it is.
+        in_checkpoint: whether the checkpoint has brought the rows in the table's dtype already; then
+            only a file that agrees with them is taken.
+    """
+    if in_checkpoint and not _rounded(partial):
+        return
+    for checkpoint in checkpoints:
+        path = None if checkpoint is None else _rows_file(checkpoint, number)
+        if path is not None and path.is_file():
+            saved = TokenRows.from_pretrained(path)
+            if partial.adopt(saved, if_equal_rounded=in_checkpoint):
+                return
+    logger.warning(
+        "Training goes on from the token rows that the model holds now: no row file of the checkpoint that was "
+        "loaded was found, so they are rounded to the table's dtype (or, with an adapter, not restored). Give "
+        "TrainingArguments(resume_from_checkpoint=...) the checkpoint's folder."
+    )
+
+
+def _rounded(partial: PartialEmbedding) -> list[nn.Parameter]:
+    """The rows that a standard checkpoint holds in another dtype than their own."""
+    return [rows for rows, table in partial.rows_and_tables() if rows.dtype != table.dtype]
+
+
+def _is_adapter(model: Any) -> bool:
+    """Whether the Trainer's checkpoints hold a PEFT adapter instead of the model."""
+    return hasattr(model, "peft_config")
+
+
+def _check_in_optimizer(partial: PartialEmbedding, optimizer: Any) -> None:
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for parameter in partial.parameters():
+        if parameter.requires_grad and id(parameter) not in held:
+            raise PartialEmbeddingError(
+                f"Rows of shape {tuple(parameter.shape)} are not in the {type(optimizer).__name__}, so they would "
+                "not train. Make the Trainer after add_tokens, with the same model, and call "
+                "partial.requires_grad_(True) if something has frozen the model since."
+            )
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def _rows_file(checkpoint: str | os.PathLike[str], number: int) -> Path:
+    return Path(checkpoint) / ROWS_FILE if number == 0 else Path(checkpoint) / f"token_rows_{number + 1}" / ROWS_FILE
