@@ -385,7 +385,14 @@ class _Split:
     def do(self) -> None:
         (owner, name), *tied = self.table.holders
         with _accelerate_hook_off(owner):
-            names = split_module(owner, {name: self.rows}, self.ids, dims={name: self.table.dim}, scope=self.scope)
+            names = split_module(
+                owner,
+                {name: self.rows},
+                self.ids,
+                dims={name: self.table.dim},
+                scope=self.scope,
+                base_size=self.table.size,
+            )
         self.row_name = names[name]
         self._done.append((owner, names, []))
         assert isinstance(owner, PartialModule)

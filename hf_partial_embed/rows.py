@@ -62,14 +62,17 @@ class RowIndex:
 
     Args:
         ids: the trainable ids of all row sets, one after another.
+        base_size: number of rows that the table had before it grew for them.
     """
 
-    def __init__(self, ids: Sequence[int]) -> None:
+    def __init__(self, ids: Sequence[int], base_size: int) -> None:
         self.ids = tuple(ids)
+        self.base_size = base_size
         self.row_of = {token_id: row for row, token_id in enumerate(self.ids)}
         self.start = self.ids[0]
         self.stop = self.start + len(self.ids)
         self.contiguous = self.ids == tuple(range(self.start, self.stop))
+        self.appended = self.contiguous and self.start >= base_size
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ class SplitEmbedding(PartialModule, nn.Embedding):
             frozen (`requires_grad=False`). A subclass keeps its own forward.
         trainable_ids (ids, in any order): the rows that train. They start at their present values.
         dtype (`torch.dtype`, *optional*): dtype of the trainable rows; the table's if not given.
+        base_size (`int`, *optional*): number of rows that the table had before it grew, for a head that
+            is tied to it; all of them if not given.
 
     Raises:
         `PartialEmbeddingError`: ids out of range or repeated; `max_norm`, `sparse` or
@@ -53,11 +56,17 @@ class SplitEmbedding(PartialModule, nn.Embedding):
         return made
 
     def __init__(
-        self, embedding: nn.Embedding, *, trainable_ids: Iterable[int], dtype: torch.dtype | None = None
+        self,
+        embedding: nn.Embedding,
+        *,
+        trainable_ids: Iterable[int],
+        dtype: torch.dtype | None = None,
+        base_size: int | None = None,
     ) -> None:
         ids = check_ids(trainable_ids, embedding.num_embeddings)
         _share_state(embedding, self)
-        split_module(self, {"weight": _present_rows(embedding.weight, ids, dtype)}, ids)
+        rows = {"weight": _present_rows(embedding.weight, ids, dtype)}
+        split_module(self, rows, ids, base_size=base_size)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -106,7 +115,7 @@ class SplitEmbedding(PartialModule, nn.Embedding):
         if padding_idx is not None and padding_idx % (size + num_new) >= size:
             table[padding_idx] = 0
         embedding = nn.Embedding(size + num_new, width, padding_idx=padding_idx, _weight=table, _freeze=True)
-        return cls(embedding, trainable_ids=range(size, size + num_new), dtype=dtype)
+        return cls(embedding, trainable_ids=range(size, size + num_new), dtype=dtype, base_size=size)
 
     def forward(self, input: Tensor) -> Tensor:
         """Look up frozen and trainable rows.
@@ -144,20 +153,24 @@ class _LinearPieces(torch.autograd.Function):
         x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, bias_rows: Tensor | None,
         index: RowIndex, ids: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        if ids is not None:
-            return _affine(x, weight, bias).index_copy_(1, ids, _affine(x, rows, bias_rows))
-        pieces = [
-            (slice(0, index.start), weight[: index.start], None if bias is None else bias[: index.start]),
-            (slice(index.start, index.stop), rows, bias_rows),
-            (slice(index.stop, None), weight[index.stop :], None if bias is None else bias[index.stop :]),
-        ]
-        pieces = [piece for piece in pieces if piece[1].shape[0]]
+        # The old columns come from a product of the size that it had before the table grew: another size
+        # may be split among kernels and threads in another way, with other last bits.
+        cuts = [0, index.base_size, weight.shape[0]]
+        if index.appended:
+            cuts = [0, index.base_size, index.start, index.stop, weight.shape[0]]
+        pieces = []
+        for start, stop in pairwise(cuts):
+            if index.appended and start == index.start < stop:
+                pieces.append((start, stop, rows, bias_rows))
+            elif start < stop:
+                pieces.append((start, stop, weight[start:stop], None if bias is None else bias[start:stop]))
         if torch.compiler.is_compiling():  # the compiler takes no strided `out`, and fuses the copy
-            return torch.cat([_affine(x, rows, bias) for _, rows, bias in pieces], 1)
-        out = x.new_empty(x.shape[0], weight.shape[0])
-        for columns, rows, bias in pieces:
-            _affine(x, rows, bias, out=out[:, columns])
-        return out
+            out = torch.cat([_affine(x, part, bias_part) for _, _, part, bias_part in pieces], 1)
+        else:
+            out = x.new_empty(x.shape[0], weight.shape[0])
+            for start, stop, part, bias_part in pieces:
+                _affine(x, part, bias_part, out=out[:, start:stop])
+        return out if ids is None else out.index_copy_(1, ids, _affine(x, rows, bias_rows))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -201,6 +214,8 @@ class SplitLinear(PartialModule, nn.Linear):
         tied_to (`SplitEmbedding`, *optional*): an embedding with the same weight, whose trainable rows
             are to serve here too.
         dtype (`torch.dtype`, *optional*): dtype of the trainable rows; the table's if not given.
+        base_size (`int`, *optional*): number of rows that the table had before it grew, whose outputs are
+            to be equal to the bit to those of then; all of them if not given.
 
     Raises:
         `PartialEmbeddingError`: ids out of range or repeated; not exactly one of `trainable_ids` and
@@ -225,6 +240,7 @@ class SplitLinear(PartialModule, nn.Linear):
         trainable_ids: Iterable[int] | None = None,
         tied_to: SplitEmbedding | None = None,
         dtype: torch.dtype | None = None,
+        base_size: int | None = None,
     ) -> None:
         if (trainable_ids is None) == (tied_to is None):
             raise PartialEmbeddingError("SplitLinear needs exactly one of trainable_ids and tied_to.")
@@ -243,6 +259,7 @@ class SplitLinear(PartialModule, nn.Linear):
             {name: _present_rows(table, ids, dtype) for name, table in tables.items()},
             ids,
             shared={"weight": shared} if shared else {},
+            base_size=base_size,
         )
 
     def forward(self, input: Tensor) -> Tensor:
@@ -280,7 +297,7 @@ class SplitLinear(PartialModule, nn.Linear):
             rows,
             None if bias_rows is None else bias_rows.to(table.dtype),
             source.index,
-            None if source.index.contiguous else source.ids(table.device),
+            None if source.index.appended else source.ids(table.device),
         )
         return out.view(*input.shape[:-1], weight.shape[0])
 
@@ -334,6 +351,7 @@ def split_module(
     shared: dict[str, RowSource] | None = None,
     dims: dict[str, int] | None = None,
     scope: ForwardScope | None = None,
+    base_size: int | None = None,
 ) -> dict[str, str]:
     """Let rows of a module's tables train, in place.
 
@@ -346,6 +364,7 @@ def split_module(
         shared: tables whose rows live in another split module (a tied head), with their source there.
         dims: dimension of the vocabulary, for tables where it is not the first.
         scope: counts the forwards in which `module.<table>` is differentiable; always, if not given.
+        base_size: number of rows that the tables had before they grew; what they have, if not given.
 
     Returns:
         For each table in `rows` the name that its parameter has in `module.new_rows`.
@@ -364,7 +383,7 @@ def split_module(
     for name, parameter in rows.items():
         names[name] = module.new_rows.add_set(name, parameter)
         before = module._row_sources[name].index.ids if name in module._row_sources else ()
-        index_rows(module, name, (*before, *ids), (dims or {}).get(name, 0))
+        index_rows(module, name, (*before, *ids), (dims or {}).get(name, 0), base_size)
     for name, source in shared.items():
         module._row_sources[name] = source
     for name in (*rows, *shared):
@@ -374,17 +393,20 @@ def split_module(
     return names
 
 
-def index_rows(module: PartialModule, name: str, ids: Sequence[int], dim: int = 0) -> None:
+def index_rows(
+    module: PartialModule, name: str, ids: Sequence[int], dim: int = 0, base_size: int | None = None
+) -> None:
     """Set which ids the rows of a table have; keeps the `RowSource` that tied modules share."""
-    index = RowIndex(ids)
+    table = module._parameters[name]
+    assert table is not None
     if name in module._row_sources:
+        index = RowIndex(ids, module._row_sources[name].index.base_size)
         module._row_sources[name].index = index
     else:
+        index = RowIndex(ids, table.shape[dim] if base_size is None else base_size)
         module._row_sources[name] = RowSource(module, name, index, dim)
     _drop_index_buffers(module, name)
     if not index.contiguous:
-        table = module._parameters[name]
-        assert table is not None
         for buffer, values in zip(
             PartialModule.index_buffers(name), torch.tensor(index.ids, device=table.device).sort(), strict=True
         ):
