@@ -201,9 +201,9 @@ class _Protection:
 
 def unwrap_optimizer(optimizer: Any) -> Any:
     """The `torch.optim.Optimizer` inside of a wrapper such as accelerate's."""
-    while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
+    while hasattr(optimizer, "optimizer"):  # accelerate's wrapper is a torch.optim.Optimizer, without hooks
         optimizer = optimizer.optimizer
-    if not hasattr(optimizer, "register_step_pre_hook"):
+    if not isinstance(optimizer, torch.optim.Optimizer):
         raise PartialEmbeddingError(
             f"Cannot hook into the steps of {type(optimizer).__name__}: it is not a torch.optim.Optimizer."
         )

@@ -71,6 +71,8 @@ class PartialEmbeddingCallback(TrainerCallback):
             _check_in_optimizer(partial, optimizer)
             partial.protect(optimizer)
             stored = _take_from_optimizer(partial, optimizer)
+            if state.global_step and self.verify:
+                partial.verify()  # the checkpoint of another base is found now, not after the training
             if state.global_step and not stored:
                 folders = [args.resume_from_checkpoint, _checkpoint(args, state)]
                 _restore_from_files(partial, folders, number, in_checkpoint=not _is_adapter(kwargs["model"]))
@@ -170,11 +172,13 @@ class _ExactRows:
 
     def store(self, optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+        entries = state_dict["state"]
+        stateless = not entries
         for parameter in self.parameters:
             number = held.index(id(parameter))
-            if number in state_dict["state"]:
-                entry = state_dict["state"][number]
-                state_dict["state"][number] = {**entry, _EXACT_ROWS: parameter.detach().clone()}
+            # An entry of our own would look like the state of a step to an optimizer that keeps some.
+            if number in entries or stateless:
+                entries[number] = {**entries.get(number, {}), _EXACT_ROWS: parameter.detach().clone()}
         return state_dict
 
 

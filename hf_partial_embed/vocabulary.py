@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
 from itertools import groupby
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken
 
 from .errors import PartialEmbeddingError, count, shorten
 
@@ -31,14 +33,23 @@ def normalize_tokens(tokens: Iterable[str | AddedToken], special: bool) -> list[
     """Tokens as `AddedToken`s of our own (the tokenizers change the ones that they are given).
 
     Raises:
-        `PartialEmbeddingError`: no tokens, tokens of another type, empty ones, or ones given twice (also
-            where only their Unicode normal form differs).
+        `PartialEmbeddingError`: no tokens, tokens of another type, empty ones, ones that are no valid
+            Unicode, or ones given twice (also where only their Unicode normal form differs).
     """
     if isinstance(tokens, (str, AddedToken)):
-        raise PartialEmbeddingError(f"tokens must be a list, but got the single token {str(tokens)!r}.")
+        raise PartialEmbeddingError(
+            f"tokens must be a list, but got the single token {str(tokens)!r}. Pass [{str(tokens)!r}]."
+        )
+    if not isinstance(tokens, Iterable):
+        raise PartialEmbeddingError(f"tokens must be a list of str or AddedToken, but got {tokens!r}.")
     made = []
     for token in tokens:
         if isinstance(token, str):
+            if any("\ud800" <= character <= "\udfff" for character in token):
+                raise PartialEmbeddingError(
+                    f"Token {token!r} is no valid Unicode: it has a lone surrogate, which no tokenizer reads. Decode "
+                    "the bytes that it came from properly, or leave it out."
+                )
             made.append(AddedToken(token, special=special, normalized=not special))
         elif isinstance(token, AddedToken):
             copy = token_from_dict(token_to_dict(token))
@@ -55,8 +66,12 @@ def normalize_tokens(tokens: Iterable[str | AddedToken], special: bool) -> list[
     for token in made:
         form = unicodedata.normalize("NFC", token.content)
         if form in seen:
-            same = "twice" if seen[form] == token.content else f"and {seen[form]!r}, the same text in Unicode"
-            raise PartialEmbeddingError(f"Token {token.content!r} is given {same}. Give each token once.")
+            if seen[form] == token.content:
+                raise PartialEmbeddingError(f"Token {token.content!r} is given twice. Give each token once.")
+            raise PartialEmbeddingError(
+                f"Tokens {seen[form]!a} and {token.content!a} are the same text, {form!r}, in two Unicode forms. Give "
+                "one of them."
+            )
         seen[form] = token.content
     return made
 
@@ -71,17 +86,43 @@ def token_from_dict(values: dict[str, Any]) -> AddedToken:
     return AddedToken(values["content"], **{flag: bool(values[flag]) for flag in _FLAGS})
 
 
-def encode_all(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text alone: no special tokens around it, no truncation, no unknown-token ids."""
-    batch = tokenizer(list(texts), add_special_tokens=False, truncation=False, padding=False, verbose=False)[
-        "input_ids"
-    ]
-    return [[token_id for token_id in ids if token_id != tokenizer.unk_token_id] for ids in batch]
+def encode_all(tokenizer: Any, texts: Sequence[str], *, unknown: bool = False) -> list[list[int]]:
+    """Ids of each text alone: no special tokens around it, no truncation.
+
+    Args:
+        tokenizer: any tokenizer, which is as it was afterwards.
+        texts: at least one.
+        unknown: whether unknown-token ids stay among the others.
+    """
+    with _settings_kept(tokenizer):
+        batch = tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            truncation=False,
+            padding=False,
+            split_special_tokens=False,
+            verbose=False,
+        )["input_ids"]
+    unk_id = tokenizer.unk_token_id
+    return [[token_id for token_id in ids if unknown or token_id != unk_id] for ids in batch]
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """`encode_all` of one text."""
-    return encode_all(tokenizer, [text])[0]
+@contextmanager
+def _settings_kept(tokenizer: Any) -> Iterator[None]:
+    """Put back what a call sets on the backend for good: truncation, padding, splitting of special tokens."""
+    backend = tokenizer._tokenizer if getattr(tokenizer, "is_fast", False) else None
+    if backend is None:
+        yield
+        return
+    truncation, padding, split = backend.truncation, backend.padding, backend.encode_special_tokens
+    try:
+        yield
+    finally:
+        backend.encode_special_tokens = split
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
 
 
 def known_id(tokenizer: Any, text: str) -> int | None:
@@ -103,8 +144,8 @@ def find_ids(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
     for token in tokens:
         token_id = known_id(tokenizer, token)
         if token_id is None:
-            pieces = encode(tokenizer, token)
-            token_id = pieces[0] if len(pieces) == 1 else None
+            (pieces,) = encode_all(tokenizer, [token], unknown=True)
+            token_id = pieces[0] if len(pieces) == 1 and pieces[0] != tokenizer.unk_token_id else None
         if token_id is None:
             missing.append(token)
         else:
@@ -123,81 +164,129 @@ def check_new(tokenizer: Any, tokens: Sequence[AddedToken]) -> None:
     """Check that no token is in the vocabulary, under its text or what the tokenizer makes of it.
 
     Raises:
-        `PartialEmbeddingError`: names those that are.
+        `PartialEmbeddingError`: names those that are; or two that the tokenizer makes the same of.
     """
+    _check_growable(tokenizer)
     known = []
-    all_pieces = encode_all(tokenizer, [token.content for token in tokens])
+    made_of: dict[tuple[tuple[int, ...], str | None], str] = {}
+    added = {unicodedata.normalize("NFC", text): token_id for text, token_id in tokenizer.get_added_vocab().items()}
+    all_pieces = encode_all(tokenizer, [token.content for token in tokens], unknown=True)
     for token, pieces in zip(tokens, all_pieces, strict=True):
-        token_id = known_id(tokenizer, token.content)
-        if token_id is None and len(pieces) == 1 and _is_one_piece(tokenizer, token.content):
+        text = token.content
+        is_read = bool(pieces) and tokenizer.unk_token_id not in pieces
+        token_id = known_id(tokenizer, text)
+        if token_id is None:
+            token_id = added.get(unicodedata.normalize("NFC", text))
+        if token_id is None and is_read and len(pieces) == 1:
             token_id = pieces[0]
         if token_id is not None:
             spelled = tokenizer.convert_ids_to_tokens(token_id)
-            known.append(f"{token.content!r} (id {token_id}{'' if spelled == token.content else f', {spelled!r}'})")
+            known.append(f"{text!r} (id {token_id}{'' if spelled == text else f', {spelled!r}'})")
+        elif is_read:
+            # What is not normalised is found in the raw text, where case and the like tell tokens apart.
+            key = (tuple(pieces), None if token.normalized else text.strip())
+            if made_of.setdefault(key, text) != text:
+                raise PartialEmbeddingError(
+                    f"{type(tokenizer).__name__} reads {made_of[key]!r} and {text!r} as the same text, "
+                    f"{tokenizer.convert_ids_to_tokens(pieces)}: they would be two rows for one thing. Give one of "
+                    "them."
+                )
     if known:
+        shown = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
         verb = "is a token" if len(known) == 1 else "are tokens"
         raise PartialEmbeddingError(
-            f"{', '.join(known[:8])}{' and more' if len(known) > 8 else ''} {verb} of this tokenizer already. "
-            "Nothing was added. To train rows that exist, use train_tokens."
+            f"{shown} {verb} of this tokenizer already. Nothing was added. To train rows that exist, use "
+            "train_tokens."
         )
-
-
-def _is_one_piece(tokenizer: Any, text: str) -> bool:
-    """Whether a text is a single piece, counting unknown ones."""
-    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) == 1
 
 
 def add_to_tokenizer(tokenizer: Any, tokens: Sequence[AddedToken]) -> list[int]:
     """Add tokens that are not known yet; returns their ids.
 
     Raises:
-        `PartialEmbeddingError`: the tokenizer does not find a token in its own text, or finds another
-            one there (two that are the same after its normaliser). The tokenizer is as it was.
+        `PartialEmbeddingError`: the tokenizer takes no tokens, gives a token another one's id, does not
+            find it in its own text, or finds another one there (two that are the same after its
+            normaliser). The tokenizer is as it was.
     """
     if not tokens:
         return []
-    texts = [token.content for token in tokens]
+    name, texts = type(tokenizer).__name__, [token.content for token in tokens]
+    _check_growable(tokenizer)
+    taken = set(tokenizer.get_vocab().values())
+    known = set(tokenizer.get_added_vocab())
+    state = {} if tokenizer.is_fast else {key: copy(getattr(tokenizer, key)) for key in _SLOW_STATE}
     try:
         # In runs of one kind, which keeps the order where special and other tokens are mixed.
         for special, run in groupby(tokens, key=lambda token: bool(token.special)):
             copies = [token_from_dict(token_to_dict(token)) for token in run]
             tokenizer.add_tokens(copies, special_tokens=special)
-        ids = []
+        ids: dict[int, str] = {}
         for text in texts:
             token_id = known_id(tokenizer, text)
             if token_id is None:
                 raise PartialEmbeddingError(
-                    f"{type(tokenizer).__name__} did not take {text!r} as a token of its own. Give it another text."
+                    f"{name} did not take {text!r} as a token of its own. Give it another text, or pass "
+                    f"AddedToken({text!r}, normalized=False)."
                 )
-            ids.append(token_id)
-        new = dict(zip(ids, texts, strict=True))
-        for (token_id, text), found in zip(new.items(), encode_all(tokenizer, texts), strict=True):
-            if token_id not in found:
-                other = [new[piece] for piece in found if piece in new]
-                reason = f"reads it as {other[0]!r}" if other else "does not find it in its own text"
+            if token_id in taken:
                 raise PartialEmbeddingError(
-                    f"Token {text!r} would never be used: this {type(tokenizer).__name__} {reason} after its "
-                    "normaliser. Give it another text, or pass AddedToken(..., normalized=False)."
+                    f"{name} would give the new token {text!r} the id {token_id}, which another token has: there are "
+                    f"gaps between the ids of its {len(taken)} tokens, which go up to {max(taken)}. Give the tokenizer "
+                    "a token for each id first."
+                )
+            ids[token_id] = text
+        for token, token_id, found in zip(tokens, ids, encode_all(tokenizer, texts), strict=True):
+            if token_id not in found:
+                pieces = tokenizer.convert_ids_to_tokens(found) or "nothing"
+                remedy = ", or pass AddedToken(..., normalized=False)" if token.normalized else ""
+                raise PartialEmbeddingError(
+                    f"Token {token.content!r} would never be used: {name} reads its text as {pieces}. Give it another "
+                    f"text{remedy}."
                 )
     except BaseException:
-        remove_from_tokenizer(tokenizer, texts)
+        came = set(tokenizer.get_added_vocab()) - known
+        tokenizer.__dict__.update(state)
+        remove_from_tokenizer(tokenizer, came)
         raise
-    return ids
+    return list(ids)
 
 
-def remove_from_tokenizer(tokenizer: Any, texts: Sequence[str]) -> None:
+# What a tokenizer written in Python knows of added tokens, beside its trie and its size.
+_SLOW_STATE = ("_added_tokens_decoder", "_added_tokens_encoder", "_extra_special_tokens")
+
+
+def _check_growable(tokenizer: Any) -> None:
+    if not getattr(tokenizer, "is_fast", False) and not all(hasattr(tokenizer, key) for key in _SLOW_STATE):
+        raise PartialEmbeddingError(
+            f"{type(tokenizer).__name__} takes no new tokens. Load the tokenizer with AutoTokenizer in another "
+            "backend, or train rows that exist with train_tokens."
+        )
+
+
+def remove_from_tokenizer(tokenizer: Any, texts: Iterable[str]) -> None:
     """Take back tokens that `add_to_tokenizer` added; the tokenizer is as it was before, bit for bit."""
     gone = set(texts)
-    if getattr(tokenizer, "is_fast", False):
-        backend = json.loads(tokenizer._tokenizer.to_str())
-        kept = [token for token in backend["added_tokens"] if token["content"] not in gone]
-        if len(kept) != len(backend["added_tokens"]):
-            backend["added_tokens"] = kept
-            tokenizer._tokenizer = Tokenizer.from_str(json.dumps(backend, ensure_ascii=False))
+    if tokenizer.is_fast:
+        _remove_from_backend(tokenizer._tokenizer, gone)
         return
     for text in gone & set(tokenizer._added_tokens_encoder):
         del tokenizer._added_tokens_decoder[tokenizer._added_tokens_encoder.pop(text)]
     tokenizer._extra_special_tokens = [token for token in tokenizer._extra_special_tokens if str(token) not in gone]
-    tokenizer.tokens_trie = type(tokenizer.tokens_trie)()
-    tokenizer._update_trie()
+    # Some classes split at more than the added tokens, so the trie keeps whatever else it has.
+    trie = tokenizer.tokens_trie
+    tokenizer.tokens_trie = type(trie)(*sorted(trie._tokens - gone))
     tokenizer._update_total_vocab_size()
+
+
+def _remove_from_backend(backend: Any, gone: set[str]) -> None:
+    """Load the backend anew without some tokens, in place, since others may hold it."""
+    split, pre_tokenizer, decoder = backend.encode_special_tokens, backend.pre_tokenizer, backend.decoder
+    # These two may be written in Python, and then cannot be serialised.
+    backend.pre_tokenizer = backend.decoder = None
+    try:
+        state = json.loads(backend.to_str())
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in gone]
+        backend.__setstate__(json.dumps(state, ensure_ascii=False).encode())
+    finally:
+        backend.pre_tokenizer, backend.decoder = pre_tokenizer, decoder
+        backend.encode_special_tokens = split
