@@ -162,6 +162,11 @@ def find_layout(model: nn.Module, size: int | None = None) -> VocabularyLayout:
     for key, (_, attribute, value) in _counts(skeleton):
         if key in counts_before and key in live_counts and counts_before[key][2] != value:
             counts.append((live_counts[key][0], attribute, value))
+    for table in found:  # modules that share a weight, of which transformers resizes one
+        for module, _ in table.holders:
+            for attribute in ("num_embeddings", "out_features"):
+                if getattr(module, attribute, None) == table.size and table.dim == 0:
+                    counts.append((module, attribute, table.grown_size))
     return VocabularyLayout(
         tables=found,
         counts=counts,
