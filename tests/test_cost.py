@@ -1,0 +1,121 @@
+"""What a training step allocates: counted by the dispatcher, not timed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import bpe_tokenizer, build_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hf_partial_embed import SplitEmbedding, SplitLinear, add_tokens, digest
+
+VOCABULARY, WIDTH, NEW, POSITIONS = 5000, 64, 8, 40
+
+
+class Allocations(TorchDispatchMode):
+    """Sizes in bytes of all storages that operators make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {
+            leaf.untyped_storage().data_ptr()
+            for leaf in tree_leaves((args, kwargs or {}))
+            if isinstance(leaf, torch.Tensor)
+        }
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if not isinstance(leaf, torch.Tensor) or leaf.is_meta:  # a tensor on meta has no bytes
+                continue
+            if leaf.untyped_storage().data_ptr() not in known:
+                self.sizes.append(leaf.untyped_storage().nbytes())
+                self.names.append(str(func))
+        return out
+
+    def largest(self) -> tuple[int, str]:
+        return max(zip(self.sizes, self.names, strict=True))
+
+
+def step(embedding, head, ids) -> Allocations:
+    with Allocations() as counted:
+        hidden = embedding(ids)
+        hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_(True)
+        F.cross_entropy(head(hidden), ids).backward()
+    return counted
+
+
+def modules(tied: bool, size: int):
+    torch.manual_seed(0)
+    embedding, head = nn.Embedding(size, WIDTH), nn.Linear(WIDTH, size, bias=False)
+    if tied:
+        head.weight = embedding.weight
+    return embedding, head
+
+
+@pytest.mark.parametrize("where", ["appended", "scattered"])
+def test_a_step_of_split_allocates_nothing_of_the_tables_size(tied, where):
+    size = VOCABULARY + NEW
+    embedding, head = modules(tied, size)
+    ids = range(VOCABULARY, size) if where == "appended" else [5, 77, 3, *range(4000, 4005)]
+    split = SplitEmbedding(embedding, trainable_ids=ids, base_size=VOCABULARY)
+    if tied:
+        split_head = SplitLinear(head, tied_to=split)
+    else:
+        split_head = SplitLinear(head, trainable_ids=ids, base_size=VOCABULARY)
+    batch = torch.randint(0, size, (POSITIONS,))
+    counted = step(split, split_head, batch)
+    # The logits and their gradients are the largest things that are left.
+    assert counted.largest()[0] == POSITIONS * size * 4, counted.largest()
+
+
+def test_extra_bytes_of_a_step_do_not_grow_with_the_vocabulary(tied):
+    extra = {}
+    for vocabulary in (1000, 4000):
+        size = vocabulary + NEW
+        batch = torch.randint(0, size, (POSITIONS,))
+        embedding, head = modules(tied, size)
+        frozen = step(*(copy.deepcopy(m).requires_grad_(False) for m in (embedding, head)), batch)
+        ids = range(vocabulary, size)
+        split = SplitEmbedding(embedding, trainable_ids=ids, base_size=vocabulary)
+        options = {"tied_to": split} if tied else {"trainable_ids": ids, "base_size": vocabulary}
+        counted = step(split, SplitLinear(head, **options), batch)
+        extra[vocabulary] = sum(counted.sizes) - sum(frozen.sizes)
+    assert extra[1000] == extra[4000]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "phi", "gpt2", "bert", "t5"])
+def test_training_a_model_allocates_nothing_of_the_tables_size(kind, tied):
+    tokenizer = bpe_tokenizer()
+    model = build_model(kind, 20_000, tied=tied).requires_grad_(False)
+    partial = add_tokens(model, tokenizer, ["<a>", "<b>"])
+    ids = torch.tensor([[5, 6, *partial.token_ids]])
+    options = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    optimizer = torch.optim.AdamW(partial.parameters())
+    with Allocations() as counted:
+        F.cross_entropy(model(input_ids=ids, **options).logits.flatten(0, 1), ids.flatten()).backward()
+        optimizer.step()
+    table = model.get_input_embeddings().weight.numel() * 4
+    assert counted.largest()[0] < table / 2, counted.largest()
+
+
+def test_adding_tokens_copies_the_table_once(tied, monkeypatch):
+    monkeypatch.setattr(digest, "_CHUNK_BYTES", 1 << 16)  # this table is smaller than a part of a real one
+    tokenizer = bpe_tokenizer()
+    model = build_model("llama", 300, tied=tied)
+    model.resize_token_embeddings(20_000, mean_resizing=False)
+    model.config.vocab_size = 20_000
+    while len(tokenizer) < 20_000:
+        tokenizer.add_tokens([f"t{i}" for i in range(len(tokenizer), 20_000)])
+    table = model.get_input_embeddings().weight.numel() * 4
+    with Allocations() as counted:
+        add_tokens(model, tokenizer, ["<a>", "<b>"])
+    large = [size for size, name in zip(counted.sizes, counted.names, strict=True) if size >= table]
+    assert len(large) == (1 if tied else 2), list(zip(counted.sizes, counted.names, strict=True))[:50]
