@@ -128,7 +128,7 @@ class Attachment:
         return [token_id for text in texts if (token_id := ids[text]) is not None]
 
     def _trains(self, table: Table) -> bool:
-        if table.role == "buffer":
+        if table.role == "inert":
             return False
         return self.output is not False or table.role in ("input", "extra")
 
@@ -154,7 +154,7 @@ class Attachment:
         self._do(_OpenScope(self.model))
         scope: ForwardScope = self.model.__dict__.get(_SCOPE) or getattr(self.model, _SCOPE)
         for table in layout.tables:
-            if table.role != "buffer":
+            if table.is_parameter:
                 for module, attribute in table.holders:
                     self._do(_Freeze(module, attribute))
         for table in self.trained:
@@ -174,7 +174,7 @@ class Attachment:
 
     def _mask(self) -> None:
         for table in self.layout.tables if self.layout else []:
-            if table.role != "buffer":
+            if table.is_parameter:
                 for module, attribute in table.holders:
                     self._do(_Freeze(module, attribute))
         for table in self.trained:

@@ -33,7 +33,7 @@ class Table:
         dim: the dimension of the vocabulary.
         role: `"input"` (what `get_input_embeddings()` holds), `"output"` (the head's weight, where it is
             not the input's), `"bias"` (a vector over the vocabulary), `"extra"` (any further parameter),
-            `"buffer"`.
+            `"inert"` (grows, but has nothing to train: a buffer, or a parameter that no forward reads).
         size: number of rows at present.
         grown_size: number of rows in the vocabulary that was asked for.
     """
@@ -49,7 +49,13 @@ class Table:
     def tensor(self) -> Any:
         """The parameter or buffer itself."""
         module, attribute = self.holders[0]
-        return module._buffers[attribute] if self.role == "buffer" else module._parameters[attribute]
+        return {**module._buffers, **module._parameters}[attribute]
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether it is a parameter; else it is a buffer."""
+        module, attribute = self.holders[0]
+        return attribute in module._parameters
 
     def rows(self, ids: list[int]) -> Tensor:
         """Copies of rows, `[K, ...]`."""
@@ -130,8 +136,8 @@ def find_layout(model: nn.Module, size: int | None = None) -> VocabularyLayout:
         if id(tensor) in tables:
             continue
         dim = next(dim for dim, (a, b) in enumerate(zip(old, shape, strict=True)) if a != b)
-        if is_buffer:
-            role = "buffer"
+        if is_buffer or _is_unread_bias(module, attribute, heads):
+            role = "inert"
         elif tensor is getattr(embeddings, "_parameters", {}).get("weight"):
             role = "input"
         elif tensor.dim() == 1:
@@ -176,7 +182,19 @@ def find_layout(model: nn.Module, size: int | None = None) -> VocabularyLayout:
     )
 
 
-_ROLES = ["input", "output", "extra", "bias", "buffer"]
+_ROLES = ["input", "output", "extra", "bias", "inert"]
+
+
+def _is_unread_bias(module: nn.Module, attribute: str, head: Any) -> bool:
+    """Whether a parameter of a module around the head is a second bias, which the head has of its own.
+
+    BERT and its family keep the bias twice, tied. With an untied head the outer one is read by nobody: as
+    a trainable parameter without a gradient it would stop distributed training.
+    """
+    own = getattr(head, "_parameters", {}).get("bias")
+    tensor = module._parameters[attribute]
+    inside = head is not module and any(child is head for child in module.modules())
+    return inside and own is not None and tensor is not own and tensor is not None and tensor.shape == own.shape
 
 
 class Growth:
@@ -300,7 +318,7 @@ def _check_storage(model: nn.Module, table: Table) -> None:
             f"{where} has no values here: it is on the meta device (offloaded, or not loaded yet). Add the "
             "tokens before the model is offloaded."
         )
-    if type(tensor) is not nn.Parameter and table.role != "buffer":
+    if type(tensor) is not (nn.Parameter if table.is_parameter else Tensor):
         raise PartialEmbeddingError(
             f"{where} is a {type(tensor).__name__}, sharded or quantised: rows cannot be added to it. Add the "
             "tokens before the model is sharded, and leave embeddings and head out of the quantisation."

@@ -127,7 +127,7 @@ def train_tokens(
         if tokenizer is not None:
             texts = [_existing_token(tokenizer, i) for i in ids if _has_token(tokenizer, i)]
             texts = texts if len(texts) == len(ids) else []
-    rows = {table.name: table.rows(ids) for table in layout.tables if table.role != "buffer"}
+    rows = {table.name: table.rows(ids) for table in layout.tables if table.role != "inert"}
     return _attach(
         model, tokenizer, layout, tokens=texts, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype
     )
@@ -366,7 +366,7 @@ def _row_keys(layout: VocabularyLayout) -> dict[str, Table]:
     names = {"input": "input_rows", "output": "output_rows", "bias": "output_bias"}
     keys: dict[str, Table] = {}
     for table in layout.tables:
-        if table.role != "buffer":
+        if table.role != "inert":
             key = names.get(table.role)
             keys[f"extra.{table.name}" if key is None or key in keys else key] = table
     return keys
@@ -668,7 +668,7 @@ def _initial_rows(
         raise PartialEmbeddingError(f"The descriptions of {shorten(empty)} have no tokens. Describe them in words.")
     rows = {}
     for table in layout.tables:
-        if table.role == "buffer":
+        if table.role == "inert":
             continue
         old = table.tensor.detach().movedim(table.dim, 0)
         trained = torch.arange(len(old)) < len(tokenizer)
