@@ -98,8 +98,8 @@ class MaskHandle:
         """Make the frozen rows stand still under `optimizer`, whatever it does.
 
         They are put aside before each of its steps and written back after it, bit for bit, so that
-        weight decay, momentum and stale moments do not reach them. This costs one more table during
-        the step; `SplitEmbedding` and `SplitLinear` need nothing of the kind.
+        weight decay, momentum and stale moments do not reach them. This costs the memory of one more
+        table; `SplitEmbedding` and `SplitLinear` need nothing of the kind.
 
         Args:
             optimizer (`torch.optim.Optimizer`): any optimizer, or a wrapper of one.
@@ -182,7 +182,12 @@ class _Protection:
     @torch.no_grad()
     def _before_step(self, *_: object) -> None:
         tables = self.mask._tables
-        self._saved = {name: self.mask._parameter(name).detach().clone() for name in tables}
+        for name in tables:
+            parameter = self.mask._parameter(name).detach()
+            saved = self._saved.get(name)
+            if saved is None or saved.shape != parameter.shape or saved.device != parameter.device:
+                saved = self._saved[name] = torch.empty_like(parameter)
+            saved.copy_(parameter)
 
     @torch.no_grad()
     def _after_step(self, *_: object) -> None:
@@ -192,7 +197,6 @@ class _Protection:
             ids = self.mask._ids_on(parameter.device)
             saved.index_copy_(dim, ids, parameter.detach().index_select(dim, ids))
             parameter.copy_(saved)
-        self._saved = {}
 
     def remove(self) -> None:
         for hook in self._hooks:

@@ -132,7 +132,8 @@ class SplitEmbedding(PartialModule, nn.Embedding):
         source = self._row_sources["weight"]
         table = self._parameters["weight"]
         assert table is not None
-        old = F.embedding(input, table)
+        # Detached, so that the rows stay still also after somebody has called model.requires_grad_(True).
+        old = F.embedding(input, table.detach())
         is_new, row = source.lookup(input)
         # As in nn.Embedding, the row at padding_idx gets no gradient.
         padding_row = None if self.padding_idx is None else source.index.row_of.get(self.padding_idx)

@@ -221,6 +221,21 @@ def test_wrapping_shares_the_weight_and_freezes_it():
     assert type(plain) is nn.Embedding
 
 
+def test_frozen_rows_stay_still_after_requires_grad_was_called_on_the_whole_network():
+    network = nn.Sequential(
+        SplitEmbedding(embedding(), trainable_ids=[7]), SplitLinear(nn.Linear(4, 6), trainable_ids=[2])
+    )
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    network.requires_grad_(True)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, weight_decay=0.1)
+    network(torch.tensor([0, 7])).pow(2).sum().backward()
+    optimizer.step()
+    after = network.state_dict()
+    for name, row in (("0.weight", 7), ("1.weight", 2), ("1.bias", 2)):
+        changed = (after[name] != before[name]).reshape(len(after[name]), -1).any(1).nonzero().flatten()
+        assert changed.tolist() == [row]
+
+
 def test_splitting_a_split_module_is_refused():
     with pytest.raises(PartialEmbeddingError, match="split already"):
         SplitEmbedding(SplitEmbedding(embedding(), trainable_ids=[1]), trainable_ids=[2])
