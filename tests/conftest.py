@@ -34,6 +34,9 @@ CORPUS = [
     "Tools are called by name, and thinking happens before answering.",
     "A model reads tokens, and a token is a piece of a word.",
 ] * 4
+# PEFT 0.21 calls what transformers 5.23 deprecates.
+PEFT_WARNING = "ignore:.*gradient_checkpointing.*is deprecated:FutureWarning"
+
 SPECIALS = ["<unk>", "<pad>", "<s>", "</s>"]
 
 

@@ -12,7 +12,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MODELS, bpe_tokenizer, build_model, logits_of, run_model, snapshot
+from conftest import MODELS, PEFT_WARNING, bpe_tokenizer, build_model, logits_of, run_model, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -581,10 +581,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(tied):
         gradients.append([p.grad.clone() for p in partial.parameters()])
         model.zero_grad()
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-# PEFT 0.21 calls what transformers 5.23 deprecates.
-PEFT_WARNING = "ignore:.*gradient_checkpointing.*is deprecated:FutureWarning"
 
 
 @pytest.mark.filterwarnings(PEFT_WARNING)
