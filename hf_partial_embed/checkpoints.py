@@ -8,19 +8,17 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from .errors import PartialEmbeddingError, count, shorten
+from .hub import hub_errors
 
 __all__ = ["CheckpointReport", "TableReport", "verify_checkpoint"]
 
-_CHUNK_BYTES = 1 << 24
+_PIECE_BYTES = 1 << 22
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
@@ -72,7 +70,7 @@ class CheckpointReport:
         return not (self.changed or self.missing or self.unexpected or self.changed_ids)
 
     def __str__(self) -> str:
-        lines = [f"{self.compared} tensors compared"]
+        lines = [f"{count(range(self.compared), 'tensor')} compared"]
         for name, table in self.tables.items():
             changed = f"{count(table.changed_ids, 'row')} changed"
             changed += f" ({shorten(table.changed_ids)})" if table.changed_ids else ""
@@ -100,98 +98,113 @@ def verify_checkpoint(base: str | os.PathLike[str], adapted: str | os.PathLike[s
     """
     with ExitStack() as stack:
         old, new = (_Checkpoint(source, stack) for source in (base, adapted))
-        report = CheckpointReport(missing=sorted(old.names - new.names), unexpected=sorted(new.names - old.names))
-        for name in sorted(old.names & new.names):
+        report = CheckpointReport(
+            missing=sorted(old.tensors.keys() - new.tensors.keys()),
+            unexpected=sorted(new.tensors.keys() - old.tensors.keys()),
+        )
+        for name in sorted(old.tensors.keys() & new.tensors.keys()):
             _compare(name, old, new, report)
         return report
 
 
 def _compare(name: str, old: _Checkpoint, new: _Checkpoint, report: CheckpointReport) -> None:
     report.compared += 1
-    (shape, dtype), (new_shape, new_dtype) = old.describe(name), new.describe(name)
+    before, after = old.tensors[name], new.tensors[name]
+    shape, new_shape = before.shape, after.shape
     is_table = bool(shape) and shape[0] in old.sizes and bool(new_shape) and new_shape[0] in new.sizes
-    comparable = dtype == new_dtype and shape[1:] == new_shape[1:] and len(shape) == len(new_shape)
+    comparable = before.dtype == after.dtype and shape[1:] == new_shape[1:] and len(shape) == len(new_shape)
     if not comparable or (shape != new_shape and not (is_table and new_shape[0] > shape[0])):
         report.changed.append(name)
-        return
-    changed = [row for rows in _changed_rows(name, old, new, shape) for row in rows]
-    if is_table:
-        report.tables[name] = TableReport(shape[0], new_shape[0], changed)
-    elif changed:
+    elif is_table:
+        report.tables[name] = TableReport(shape[0], new_shape[0], list(_changed_rows(before, after, shape[0])))
+    elif next(_changed_rows(before, after, 1), None) is not None:
         report.changed.append(name)
 
 
-def _changed_rows(name: str, old: _Checkpoint, new: _Checkpoint, shape: list[int]) -> Iterator[list[int]]:
-    if not shape:
-        yield [] if _same_bits(old.tensor(name), new.tensor(name)).all() else [0]
-        return
-    width = max(1, 8 * int(torch.Size(shape[1:]).numel()))
-    step = max(1, _CHUNK_BYTES // width)
-    for start in range(0, shape[0], step):
-        stop = min(start + step, shape[0])
-        same = _same_bits(old.rows(name, start, stop), new.rows(name, start, stop))
-        yield (~same).nonzero().flatten().add(start).tolist()
+@dataclass(frozen=True)
+class _StoredTensor:
+    """Where a safetensors file has the bytes of a tensor.
+
+    They are read, not mapped: the pages of a mapping count as the memory of the process.
+    """
+
+    file: BinaryIO
+    start: int
+    size: int
+    shape: list[int]
+    dtype: str
+
+    def read(self, offset: int, size: int) -> bytes:
+        self.file.seek(self.start + offset)
+        return self.file.read(size)
 
 
-def _same_bits(a: Tensor, b: Tensor) -> Tensor:
-    """For each row whether all of its bits are the same."""
-    raw_a, raw_b = (t.contiguous().reshape(len(t) if t.dim() else 1, -1).view(torch.uint8) for t in (a, b))
-    return (raw_a == raw_b).all(1)
+def _changed_rows(old: _StoredTensor, new: _StoredTensor, rows: int) -> Iterator[int]:
+    """Which rows of `old` have other bytes in `new`, where `old` is `rows` rows of the same width."""
+    width = old.size // max(1, rows)
+    step = max(1, _PIECE_BYTES // max(1, width))
+    for first in range(0, rows, step):
+        size = min(step, rows - first) * width
+        for offset in range(first * width, first * width + size, _PIECE_BYTES):
+            length = min(_PIECE_BYTES, first * width + size - offset)
+            a, b = old.read(offset, length), new.read(offset, length)
+            if a != b and width > _PIECE_BYTES:
+                yield first
+                break
+            if a != b:
+                starts = range(0, length, width)
+                yield from (first + row for row, at in enumerate(starts) if a[at : at + width] != b[at : at + width])
 
 
 class _Checkpoint:
-    """The tensors of a saved checkpoint, read piece by piece."""
+    """The tensors of a saved checkpoint, to be read piece by piece."""
 
     def __init__(self, source: str | os.PathLike[str], stack: ExitStack) -> None:
-        self.folder = _folder(source)
+        folder = _folder(source)
         try:
-            files = _files(self.folder)
-            self._handles: dict[str, Any] = {
-                file: stack.enter_context(safe_open(self.folder / file, framework="pt")) for file in files
+            self.tensors = {
+                name: tensor for file in _files(folder) for name, tensor in _stored_tensors(folder / file, stack)
             }
-        except (SafetensorError, OSError, ValueError) as error:
+            self.sizes = set(_vocabulary_sizes(folder))
+        except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             if isinstance(error, PartialEmbeddingError):
                 raise
-            raise PartialEmbeddingError(f"Cannot read the checkpoint {self.folder}: {error}") from error
-        self._where = {name: handle for handle in self._handles.values() for name in handle.keys()}  # noqa: SIM118
-        self.names = set(self._where)
-        self.sizes = set(_vocabulary_sizes(self.folder))
+            raise PartialEmbeddingError(
+                f"Cannot read the checkpoint {str(source)!r}: {type(error).__name__}: {error}"
+            ) from error
 
-    def describe(self, name: str) -> tuple[list[int], str]:
-        """Shape and dtype."""
-        part = self._where[name].get_slice(name)
-        return list(part.get_shape()), str(part.get_dtype())
 
-    def tensor(self, name: str) -> Tensor:
-        tensor: Tensor = self._where[name].get_tensor(name)
-        return tensor
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        rows: Tensor = self._where[name].get_slice(name)[start:stop]
-        return rows
+def _stored_tensors(path: Path, stack: ExitStack) -> Iterator[tuple[str, _StoredTensor]]:
+    with safe_open(path, framework="pt"):  # checks the whole header
+        file = stack.enter_context(path.open("rb"))
+    length = int.from_bytes(file.read(8), "little")
+    for name, entry in json.loads(file.read(length)).items():
+        if name != "__metadata__":
+            start, stop = entry["data_offsets"]
+            yield name, _StoredTensor(file, 8 + length + start, stop - start, entry["shape"], entry["dtype"])
 
 
 def _folder(source: str | os.PathLike[str]) -> Path:
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         return path
-    patterns = ["*.safetensors", _INDEX, "config.json"]
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise PartialEmbeddingError(
-            f"{str(source)!r} is no folder here, and no repository on the Hub that can be read: {error}"
-        ) from error
+    with hub_errors(f"Cannot read the checkpoint {str(source)!r}"):
+        return Path(snapshot_download(str(source), allow_patterns=["*.safetensors", _INDEX, "config.json"]))
 
 
 def _files(folder: Path) -> list[str]:
     if (folder / _INDEX).is_file():
         index = json.loads((folder / _INDEX).read_text("utf-8"))
-        return sorted(set(index["weight_map"].values()))
+        files = sorted(set(index["weight_map"].values()))
+        if any(Path(file).name != file for file in files):
+            raise ValueError(f"its {_INDEX} names files outside of the folder: {shorten(files)}")
+        return files
     if (folder / _SINGLE).is_file():
         return [_SINGLE]
-    there = sorted(entry.name for entry in folder.iterdir())
-    raise PartialEmbeddingError(f"{folder} has no {_SINGLE} and no {_INDEX}; it holds {there[:10]}.")
+    there = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    raise PartialEmbeddingError(
+        f"{folder} has no {_SINGLE} and no {_INDEX}; it holds {there[:10]}. Save the model with save_pretrained."
+    )
 
 
 def _vocabulary_sizes(folder: Path) -> Iterator[int]:
@@ -203,5 +216,5 @@ def _vocabulary_sizes(folder: Path) -> Iterator[int]:
         for key, value in config.items():
             if isinstance(value, dict):
                 pending.append(value)
-            elif "vocab_size" in key and type(value) is int:
+            elif "vocab_size" in key and key != "type_vocab_size" and type(value) is int:  # segments are no tokens
                 yield value

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import html
+import logging
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
-from .errors import PartialEmbeddingError
+from .errors import PartialEmbeddingError, count
 from .rows_file import ROWS_FILE, write_atomically
 
-__all__ = ["locate_rows", "merged_card", "rows_card", "upload", "write_card"]
+__all__ = ["hub_errors", "locate_rows", "merged_card", "rows_card", "upload", "write_card"]
+
+logger = logging.getLogger(__name__)
 
 _LIBRARY = "hf_partial_embed"
+_CARD = "README.md"
+_MARK = f"<!-- {_LIBRARY} writes this card anew at every save. Remove this line to keep a card of your own. -->"
 _SHOWN_TOKENS = 100
 
 
@@ -34,28 +45,48 @@ def locate_rows(
         `PartialEmbeddingError`: there is none.
     """
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(path):
         return path
-    if path.is_dir():
+    if os.path.isdir(path):
         if not (path / ROWS_FILE).is_file():
             there = sorted(entry.name for entry in path.iterdir())
             raise PartialEmbeddingError(f"The folder {path} has no {ROWS_FILE}; it holds {there[:10]}.")
         return path / ROWS_FILE
-    try:
+    with hub_errors(f"Cannot read rows from {str(source)!r}", revision):
         return Path(hf_hub_download(str(source), ROWS_FILE, revision=revision, token=token))
-    except HFValidationError as error:
-        raise PartialEmbeddingError(f"{source!r} is neither a file, a folder nor a Hub repository id.") from error
-    except RevisionNotFoundError as error:
-        raise PartialEmbeddingError(f"The Hub repository {source!r} has no revision {revision!r}.") from error
-    except RepositoryNotFoundError as error:
-        raise PartialEmbeddingError(
-            f"There is no folder {str(source)!r} here, and no repository of that name on the Hub that you can "
-            "read. Check the name, or pass token=."
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise PartialEmbeddingError(f"Cannot reach the Hub for {source!r}: {error}") from error
-    except EntryNotFoundError as error:
-        raise PartialEmbeddingError(f"The Hub repository {source!r} has no {ROWS_FILE}.") from error
+
+
+@contextmanager
+def hub_errors(problem: str, revision: str | None = None) -> Iterator[None]:
+    """Let whatever `huggingface_hub` raises be a `PartialEmbeddingError` that says what to do."""
+    try:
+        yield
+    except (httpx.HTTPError, EntryNotFoundError, OSError, ValueError, RuntimeError) as error:
+        raise PartialEmbeddingError(f"{problem}: {_reason(error, revision)}") from error
+
+
+def _reason(error: Exception, revision: str | None) -> str:
+    log_in = "log in (`hf auth login`) or pass token="
+    if isinstance(error, HFValidationError):
+        return f"it is no file or folder here, and no repository id of the Hub. {error}"
+    if isinstance(error, RevisionNotFoundError):
+        return f"the Hub repository has no branch, tag or commit {revision!r}. Its page lists those that it has."
+    if isinstance(error, GatedRepoError):
+        return f"the Hub repository is gated. Ask for access on its page, then {log_in}."
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            "there is no such folder here, and no repository of that name on the Hub that you can read. Check the "
+            f"name; for a private repository {log_in}."
+        )
+    if isinstance(error, LocalEntryNotFoundError):
+        return f"the Hub cannot be reached, and the local cache has no copy. {error.__cause__ or error}"
+    if isinstance(error, EntryNotFoundError):
+        return f"the Hub repository has no {ROWS_FILE}. A whole model is loaded with from_pretrained of its class."
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+        return f"{error}\nTo be let in, {log_in} with a token that has the permission."
+    if isinstance(error, RuntimeError) and error.__cause__:  # an upload: what went wrong is the cause
+        return f"{error} {error.__cause__}"
+    return str(error)
 
 
 def upload(
@@ -68,97 +99,130 @@ def upload(
     commit_message: str,
     create_pr: bool,
 ) -> str:
-    """Create the repository where there is none, and upload a folder in one commit; returns its URL."""
+    """Upload a folder, creating repository and branch where there are none; returns the URL of the commit.
+
+    A model card there that somebody else has written stays.
+    """
+    if create_pr and revision not in (None, "main"):
+        raise PartialEmbeddingError(
+            f"create_pr=True opens a pull request against the main branch; revision={revision!r} cannot be had "
+            "with it. Leave out one of them."
+        )
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not create_pr:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    info = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        revision=revision,
-        commit_message=commit_message,
-        create_pr=create_pr,
-    )
+    with hub_errors(f"Cannot push to {repo_id!r}", revision):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        keep_card = _has_card_of_its_own(api, repo_id, revision)
+        if keep_card:
+            logger.warning("The %s of %s is not by %s; it was left as it is.", _CARD, repo_id, _LIBRARY)
+        info = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            ignore_patterns=[_CARD] if keep_card else None,
+        )
     return str(info.pr_url or info.commit_url)
+
+
+def _has_card_of_its_own(api: HfApi, repo_id: str, revision: str | None) -> bool:
+    try:
+        path = api.hf_hub_download(repo_id, _CARD, revision=revision)
+    except EntryNotFoundError:
+        return False
+    return not _is_ours(Path(path))
+
+
+def _is_ours(card: Path) -> bool:
+    return _MARK in card.read_text("utf-8", errors="replace")
 
 
 def write_card(folder: Path, card: ModelCard) -> None:
     """Write `README.md`, unless there is one that somebody else has written."""
-    path = folder / "README.md"
-    if path.is_file() and f"library_name: {_LIBRARY}" not in path.read_text("utf-8", errors="replace"):
-        return
-    write_atomically(path, lambda temporary: temporary.write_text(str(card), "utf-8"))
+    path = folder / _CARD
+    if not path.is_file() or _is_ours(path):
+        write_atomically(path, lambda temporary: temporary.write_text(str(card), "utf-8"))
 
 
 def rows_card(
     tokens: Sequence[str], sizes: dict[str, Sequence[int]], *, base_model: str | None, repo_id: str, file_bytes: int
 ) -> ModelCard:
     """The card of a repository of rows."""
-    shapes = "\n".join(f"| `{name}` | {' × '.join(map(str, shape))} |" for name, shape in sizes.items())
-    base = base_model or "the base model"
-    text = f"""# {len(tokens)} trained token embeddings for {_escape(base)}
+    hub_id = _hub_id(base_model)
+    name = hub_id or Path(base_model or "").name
+    base = hub_id or f"path/to/{name or 'the-base-model'}"
+    source = Path(repo_id).name if os.path.isabs(repo_id) else repo_id
+    shapes = "\n".join(f"| `{tensor}` | {' × '.join(map(str, shape))} |" for tensor, shape in sizes.items())
+    text = f"""# {count(tokens, "trained token embedding")}{f" for {_escape(name)}" if name else ""}
 
-The embedding rows of {len(tokens)} tokens, trained with all other embedding rows of the model frozen.
-The file is {file_bytes:,} bytes.
+The embedding rows of {count(tokens, "token")}, trained while all other rows of the model's embeddings stayed
+frozen to the bit. `{ROWS_FILE}` holds these rows and nothing else of the model; it is {file_bytes:,} bytes long.
 
 ## Use
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from hf_partial_embed import load_tokens
+With `{_LIBRARY}` installed, put the rows on the model that they were trained on:
 
-model = AutoModelForCausalLM.from_pretrained({base!r})
+```python
+from hf_partial_embed import load_tokens
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({base!r})  # or another class that fits it
 tokenizer = AutoTokenizer.from_pretrained({base!r})
-partial = load_tokens(model, tokenizer, {repo_id!r}, trainable=False)
+partial = load_tokens(model, tokenizer, {source!r}, trainable=False)
 ```
 
-`partial.merge()` makes an ordinary model of it, which `save_pretrained` and any server take.
+`load_tokens` adds the tokens that the tokenizer does not have. After `partial.merge()` the model is an ordinary
+one: its `save_pretrained` writes a checkpoint that loads without `{_LIBRARY}`.
 
 ## Tokens
 
 {_token_list(tokens)}
 
-## Rows
+## Tensors
 
-| tensor in `{ROWS_FILE}` | shape |
+| name | shape |
 | --- | --- |
 {shapes}
 """
-    return _card(text, base_model, "adapter")
+    return _card(text, hub_id, "adapter", _LIBRARY)
 
 
 def merged_card(tokens: Sequence[str], *, base_model: str | None, repo_id: str, model_class: str) -> ModelCard:
     """The card of a merged model."""
-    base = base_model or "its base model"
-    text = f"""# {_escape(base)} with {len(tokens)} more tokens
+    hub_id = _hub_id(base_model)
+    name = hub_id or Path(base_model or "").name
+    title = f"{_escape(name)} with trained token embeddings" if name else "A model with trained token embeddings"
+    what = count(tokens, "token") if tokens else "some tokens"
+    listed = f"\n## Tokens\n\n{_token_list(tokens)}\n" if tokens else ""
+    text = f"""# {title}
 
-An ordinary checkpoint: the base model, whose embeddings have {len(tokens)} more trained rows. Nothing but
-`transformers` is needed to load it.
+The embedding rows of {what} were trained with `{_LIBRARY}`, and all other rows of the embeddings stayed
+frozen to the bit. This is an ordinary checkpoint: `transformers` alone loads it.
 
 ## Use
 
 ```python
-from transformers import {model_class}, AutoTokenizer
+from transformers import AutoTokenizer, {model_class}
 
 model = {model_class}.from_pretrained({repo_id!r})
 tokenizer = AutoTokenizer.from_pretrained({repo_id!r})
 ```
-
-## Tokens
-
-{_token_list(tokens)}
-"""
-    return _card(text, base_model, "finetune")
+{listed}"""
+    return _card(text, hub_id, "finetune", "transformers")
 
 
-def _card(text: str, base_model: str | None, relation: str) -> ModelCard:
-    tags = ["token-embeddings", "vocabulary-extension"]
-    extra: dict[str, Any] = {}
-    if base_model and not Path(base_model).exists():
-        extra = {"base_model": base_model, "base_model_relation": relation}
-    data = ModelCardData(library_name=_LIBRARY, tags=tags, **extra)
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+def _hub_id(base_model: str | None) -> str | None:
+    """The name of a base model, unless it is a path, which means nothing to others."""
+    is_id = base_model and re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", base_model) and not os.path.exists(base_model)
+    return base_model if is_id else None
+
+
+def _card(text: str, base_model: str | None, relation: str, library: str) -> ModelCard:
+    extra: dict[str, Any] = {"base_model": base_model, "base_model_relation": relation} if base_model else {}
+    data = ModelCardData(library_name=library, tags=["token-embeddings", "vocabulary-extension"], **extra)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_MARK}\n\n{text}")
 
 
 def _token_list(tokens: Sequence[str]) -> str:
@@ -169,6 +233,14 @@ def _token_list(tokens: Sequence[str]) -> str:
 
 def _escape(text: str) -> str:
     """Text as it is, whatever it contains: nothing in it is Markdown or HTML, and all of it is visible."""
-    visible = "".join(char if char.isprintable() else f"\\u{{{ord(char):x}}}" for char in text)
-    safe = "".join(char if char.isalnum() or char == " " else f"&#{ord(char)};" for char in visible)
-    return f"<code>{safe}</code>"
+    return f"<code>{''.join(map(_escape_char, text))}</code>"
+
+
+def _escape_char(char: str) -> str:
+    if not char.isprintable():
+        return f"&#92;u&#123;{ord(char):x}&#125;"
+    if char == " ":
+        return "&nbsp;"  # plain spaces vanish at the ends and where there are several
+    if char in "<>&":
+        return html.escape(char)
+    return char if char.isalnum() or not char.isascii() else f"&#{ord(char)};"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import PartialEmbeddingError
+from .errors import PartialEmbeddingError, count, shorten
 
 __all__ = ["INITIALIZERS", "InitRequest", "Initializer", "initial_rows", "register"]
 
@@ -113,13 +113,17 @@ def initial_rows(init: str | Initializer, request: InitRequest) -> Tensor:
     rows = resolve(init)(request)
     expected = (len(request.tokens), *request.table.shape[1:])
     if not isinstance(rows, Tensor) or tuple(rows.shape) != expected:
-        got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        got = f"a tensor of shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
         raise PartialEmbeddingError(
-            f"The initialiser {name!r} gave {got} for {len(request.tokens)} tokens; {expected} is needed."
+            f"The initialiser {name!r} gave {got} for the {request.role} rows of {count(request.tokens, 'token')}; a "
+            f"tensor of shape {expected} is needed."
         )
     if not torch.isfinite(rows).all():
         bad = [token for token, row in zip(request.tokens, rows, strict=True) if not torch.isfinite(row).all()]
-        raise PartialEmbeddingError(f"The initialiser {name!r} gave infinite or NaN values for {bad[:8]}.")
+        raise PartialEmbeddingError(
+            f"The initialiser {name!r} gave infinite or NaN values for {shorten(bad)}, in the {request.role} rows; "
+            "finite ones are needed."
+        )
     return rows.detach().float()
 
 
@@ -131,7 +135,7 @@ def resolve(init: str | Initializer) -> Initializer:
     """
     if callable(init):
         return init
-    if init not in INITIALIZERS:
+    if not isinstance(init, str) or init not in INITIALIZERS:
         raise PartialEmbeddingError(
             f"init={init!r} is no initialiser. Choose one of {sorted(INITIALIZERS)}, or pass a function."
         )

@@ -10,12 +10,15 @@ a head that a checkpoint brought untied stays untied whatever the config says.
 from __future__ import annotations
 
 import copy
+import inspect
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .errors import PartialEmbeddingError
 
@@ -109,11 +112,11 @@ def find_layout(model: nn.Module, size: int | None = None) -> VocabularyLayout:
         )
     present = weight.shape[0]
     asked = max(size or 0, present + 1)
-    skeleton = _skeleton(model)
-    before = _shapes(skeleton)
-    counts_before = dict(_counts(skeleton))
     try:
-        skeleton.resize_token_embeddings(asked, mean_resizing=False)
+        skeleton = _skeleton(model)
+        before = _shapes(skeleton)
+        counts_before = dict(_counts(skeleton))
+        _resize_skeleton(skeleton, asked)
     except Exception as error:
         raise PartialEmbeddingError(
             f"{type(model).__name__} cannot grow its vocabulary from {present} to {asked} rows: its "
@@ -257,12 +260,37 @@ def _skeleton(model: nn.Module) -> Any:
         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
-    for attachment in model.__dict__.get("_partial_embeddings", ()):
-        memo[id(attachment)] = None
+    for module in model.modules():
+        for value in module.__dict__.values():  # states that a module has kept from its last forward
+            for leaf in tree_leaves(value) if isinstance(value, (Tensor, list, tuple, dict)) else ():
+                if isinstance(leaf, Tensor) and id(leaf) not in memo:
+                    memo[id(leaf)] = torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
+        for attachment in module.__dict__.get("_partial_embeddings", ()):
+            memo[id(attachment)] = None
     skeleton = copy.deepcopy(model, memo)
     for module in skeleton.modules():
         module.__dict__.pop("resize_token_embeddings", None)
     return skeleton
+
+
+def _resize_skeleton(skeleton: Any, size: int) -> None:
+    """Let `transformers` resize the skeleton; no values are computed, and nothing is said of any."""
+    for module in skeleton.modules():
+        for name in dir(type(module)):
+            if name.startswith("_init_added_"):
+                module.__dict__[name] = _compute_nothing
+    known = inspect.signature(skeleton.resize_token_embeddings).parameters
+    options = {"mean_resizing": False} if "mean_resizing" in known else {}
+    speaker = logging.getLogger("transformers.modeling_utils")
+    disabled, speaker.disabled = speaker.disabled, True
+    try:
+        skeleton.resize_token_embeddings(size, **options)
+    finally:
+        speaker.disabled = disabled
+
+
+def _compute_nothing(*args: object, **kwargs: object) -> None:
+    """Stands for the initialisation of a skeleton's new rows, which have no values."""
 
 
 def _holders(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

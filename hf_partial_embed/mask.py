@@ -153,7 +153,8 @@ class MaskHandle:
         if grad.is_sparse:
             grad = grad.coalesce()
             kept = torch.isin(grad.indices()[0], self._ids_on(grad.device))
-            return torch.sparse_coo_tensor(grad.indices()[:, kept], grad.values()[kept], grad.shape, is_coalesced=True, check_invariants=True)
+            indices, values = grad.indices()[:, kept], grad.values()[kept]
+            return torch.sparse_coo_tensor(indices, values, grad.shape, is_coalesced=True, check_invariants=True)
         ids = self._ids_on(grad.device)
         masked = torch.zeros_like(grad)
         return masked.index_copy_(self._dim, ids, grad.index_select(self._dim, ids))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,22 +111,24 @@ def train_tokens(
         `PartialEmbeddingError`: tokens that are not in the vocabulary, ids outside of the table, either
             given twice; arguments that do not fit. Nothing has changed.
     """
+    values: Any = tokens.tolist() if isinstance(tokens, Tensor) else tokens
+    if isinstance(values, (str, AddedToken)) or not isinstance(values, Iterable):
+        raise PartialEmbeddingError(f"tokens must be a list of tokens or of ids, but got {values!r}.")
+    values = list(values)
     layout = find_layout(model)
     _check_options(layout, strategy, output, dtype)
-    values: list[Any] = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
     by_text = bool(values) and all(isinstance(token, (str, AddedToken)) for token in values)
     tokenizer = _plain_tokenizer(tokenizer, needed=by_text)
     texts: list[AddedToken] = []
     if by_text:
         ids = find_ids(tokenizer, [str(token) for token in values])
-        texts = [_existing_token(tokenizer, token_id) for token_id in ids]
+        texts = _existing_tokens(tokenizer, ids)
     else:
         if any(isinstance(token, (str, AddedToken)) for token in values):
             raise PartialEmbeddingError(f"Give tokens or ids, not both: {shorten(values)}.")
         ids = check_ids(values, min(table.size for table in layout.tables))
         if tokenizer is not None:
-            texts = [_existing_token(tokenizer, i) for i in ids if _has_token(tokenizer, i)]
-            texts = texts if len(texts) == len(ids) else []
+            texts = _existing_tokens(tokenizer, ids)
     rows = {table.name: table.rows(ids) for table in layout.tables if table.role != "inert"}
     return _attach(
         model, tokenizer, layout, tokens=texts, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype
@@ -400,8 +402,8 @@ class TokenRows:
     tied: bool = False
 
     def __post_init__(self) -> None:
-        if not self.added_tokens:
-            self.added_tokens = [token_to_dict(AddedToken(token, normalized=True)) for token in self.tokens]
+        if self.tokens and not self.added_tokens:
+            self.added_tokens = [token_to_dict(token) for token in normalize_tokens(self.tokens, special=False)]
         if not self.token_ids:
             self.token_ids = list(range(len(self.input_rows)))
         self._check()
@@ -544,8 +546,12 @@ class TokenRows:
         """
         tokenizer = _plain_tokenizer(tokenizer, needed=bool(self.tokens))
         added = [token_from_dict(token) for token in self.added_tokens]
+        if added:
+            added = normalize_tokens(added, special=False)
         known = {token.content: known_id(tokenizer, token.content) for token in added}
         new = [token for token in added if known[token.content] is None]
+        if new:
+            check_new(tokenizer, new)
         layout = find_layout(model, len(tokenizer) + len(new) if new else None)
         _check_options(layout, strategy, output, dtype)
         rows = self._fit(model, tokenizer, layout, added)
@@ -715,15 +721,17 @@ def _plain_tokenizer(tokenizer: Any, *, needed: bool) -> Any:
     return inner
 
 
-def _existing_token(tokenizer: Any, token_id: int) -> AddedToken:
-    added: AddedToken | None = tokenizer.added_tokens_decoder.get(token_id)
-    if added is not None:
-        return token_from_dict(token_to_dict(added))
-    return AddedToken(tokenizer.convert_ids_to_tokens(token_id))
-
-
-def _has_token(tokenizer: Any, token_id: int) -> bool:
-    return token_id < len(tokenizer) and tokenizer.convert_ids_to_tokens(token_id) is not None
+def _existing_tokens(tokenizer: Any, ids: Sequence[int]) -> list[AddedToken]:
+    """The tokens that have the ids; none, if there is an id without one (a spare row)."""
+    added = tokenizer.added_tokens_decoder
+    size = len(tokenizer)
+    texts = [tokenizer.convert_ids_to_tokens(i) if i < size else None for i in ids]
+    if any(text is None for text in texts):
+        return []
+    return [
+        token_from_dict(token_to_dict(added[i])) if i in added else AddedToken(text)
+        for i, text in zip(ids, texts, strict=True)
+    ]
 
 
 def _model_name(model: Any) -> str | None:

@@ -38,10 +38,18 @@ def write_rows(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadat
         path: of the file.
         tensors: by name; `input_rows` among them.
         metadata: what JSON can hold.
+
+    Raises:
+        `PartialEmbeddingError`: the disk does not take the data.
+        `OSError`: the folder cannot be made, or written to.
     """
     header = {_KEY: json.dumps({"format_version": FORMAT_VERSION, **metadata}, sort_keys=True)}
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_atomically(Path(path), lambda temporary: save_file(contiguous, temporary, metadata=header))
+    # Copies, since safetensors refuses tensors that share memory, as those of a tied pair may.
+    copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    try:
+        write_atomically(Path(path), lambda temporary: save_file(copies, temporary, metadata=header))
+    except SafetensorError as error:
+        raise PartialEmbeddingError(f"Cannot write {path}: {error}. What was there before is still there.") from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -113,6 +121,7 @@ def _check_metadata(path: Path, header: dict[str, str] | None) -> dict[str, Any]
     metadata = json.loads(header[_KEY])
     if not isinstance(metadata, dict):
         raise PartialEmbeddingError(f"{path} has damaged metadata: a JSON object is needed.")
+    metadata = {"base_model": None, **metadata}
     version = metadata.get("format_version")
     if type(version) is not int or version < 1:
         raise PartialEmbeddingError(f"{path} has no valid format version: {version!r}.")
@@ -130,7 +139,7 @@ def _check_metadata(path: Path, header: dict[str, str] | None) -> dict[str, Any]
         and all(type(token_id) is int and token_id >= 0 for token_id in ids)
         and len(set(ids)) == len(ids) > 0
         and len(tokens) in (0, len(ids))
-        and isinstance(metadata.get("base_model"), (str, type(None)))
+        and (metadata["base_model"] is None or _is_text(metadata["base_model"]))
         and isinstance(metadata.get("tied"), bool)
     )
     if not valid:
@@ -141,10 +150,15 @@ def _check_metadata(path: Path, header: dict[str, str] | None) -> dict[str, Any]
 def _is_token(token: Any) -> bool:
     return (
         isinstance(token, dict)
-        and isinstance(token.get("content"), str)
+        and _is_text(token.get("content"))
         and bool(token["content"])
         and all(isinstance(token.get(flag), bool) for flag in _FLAGS)
     )
+
+
+def _is_text(value: Any) -> bool:
+    """A str of whole characters: JSON can spell half of a surrogate pair, which no tokenizer takes."""
+    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def _check_shapes(path: Path, file: Any, metadata: dict[str, Any]) -> None:

@@ -45,25 +45,26 @@ def normalize_tokens(tokens: Iterable[str | AddedToken], special: bool) -> list[
     made = []
     for token in tokens:
         if isinstance(token, str):
-            if any("\ud800" <= character <= "\udfff" for character in token):
-                raise PartialEmbeddingError(
-                    f"Token {token!r} is no valid Unicode: it has a lone surrogate, which no tokenizer reads. Decode "
-                    "the bytes that it came from properly, or leave it out."
-                )
+            _check_unicode(token)
             made.append(AddedToken(token, special=special, normalized=not special))
         elif isinstance(token, AddedToken):
-            copy = token_from_dict(token_to_dict(token))
-            made.append(token_from_dict({**token_to_dict(token), "special": True}) if special else copy)
+            made.append(token_from_dict({**token_to_dict(token), "special": token.special or special}))
         else:
             raise PartialEmbeddingError(
                 f"A token must be a str or an AddedToken, but got {token!r} ({type(token).__name__})."
             )
     if not made:
         raise PartialEmbeddingError("No tokens were given: name at least one.")
-    if any(not token.content for token in made):
+    _check_tokens(made)
+    return made
+
+
+def _check_tokens(tokens: Sequence[AddedToken]) -> None:
+    """Refuse empty tokens, and ones given twice, be it in two Unicode forms."""
+    if any(not token.content for token in tokens):
         raise PartialEmbeddingError("A token is the empty string, which no text contains. Leave it out.")
     seen: dict[str, str] = {}
-    for token in made:
+    for token in tokens:
         form = unicodedata.normalize("NFC", token.content)
         if form in seen:
             if seen[form] == token.content:
@@ -73,7 +74,14 @@ def normalize_tokens(tokens: Iterable[str | AddedToken], special: bool) -> list[
                 "one of them."
             )
         seen[form] = token.content
-    return made
+
+
+def _check_unicode(text: str) -> None:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise PartialEmbeddingError(
+            f"Token {text!r} is no valid Unicode: it has a lone surrogate, which no tokenizer reads. Decode the bytes "
+            "that it came from with errors='replace', or leave it out."
+        )
 
 
 def token_to_dict(token: AddedToken) -> dict[str, Any]:
@@ -83,6 +91,7 @@ def token_to_dict(token: AddedToken) -> dict[str, Any]:
 
 def token_from_dict(values: dict[str, Any]) -> AddedToken:
     """The inverse of `token_to_dict`."""
+    _check_unicode(values["content"])
     return AddedToken(values["content"], **{flag: bool(values[flag]) for flag in _FLAGS})
 
 
@@ -91,9 +100,11 @@ def encode_all(tokenizer: Any, texts: Sequence[str], *, unknown: bool = False) -
 
     Args:
         tokenizer: any tokenizer, which is as it was afterwards.
-        texts: at least one.
+        texts: any number of them.
         unknown: whether unknown-token ids stay among the others.
     """
+    if not texts:
+        return []
     with _settings_kept(tokenizer):
         batch = tokenizer(
             list(texts),
@@ -130,7 +141,9 @@ def known_id(tokenizer: Any, text: str) -> int | None:
     token_id = tokenizer.convert_tokens_to_ids(text)
     if not isinstance(token_id, int) or (token_id == tokenizer.unk_token_id and text != tokenizer.unk_token):
         return None
-    return token_id
+    # Byte tokenizers written in Python make an id of any single character.
+    made_up = not tokenizer.is_fast and token_id >= len(tokenizer) and text not in tokenizer.get_vocab()
+    return None if made_up else token_id
 
 
 def find_ids(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
@@ -142,6 +155,7 @@ def find_ids(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
     ids: list[int] = []
     missing = []
     for token in tokens:
+        _check_unicode(token)
         token_id = known_id(tokenizer, token)
         if token_id is None:
             (pieces,) = encode_all(tokenizer, [token], unknown=True)
@@ -182,9 +196,10 @@ def check_new(tokenizer: Any, tokens: Sequence[AddedToken]) -> None:
         if token_id is not None:
             spelled = tokenizer.convert_ids_to_tokens(token_id)
             known.append(f"{text!r} (id {token_id}{'' if spelled == text else f', {spelled!r}'})")
-        elif is_read:
-            # What is not normalised is found in the raw text, where case and the like tell tokens apart.
-            key = (tuple(pieces), None if token.normalized else text.strip())
+        elif pieces:
+            # Unknown pieces do not tell what was read, and a token that is not normalised is found in the raw
+            # text: such ones are the same only where nothing but spaces differs.
+            key = (tuple(pieces), None if is_read and token.normalized else text.strip())
             if made_of.setdefault(key, text) != text:
                 raise PartialEmbeddingError(
                     f"{type(tokenizer).__name__} reads {made_of[key]!r} and {text!r} as the same text, "
@@ -195,8 +210,7 @@ def check_new(tokenizer: Any, tokens: Sequence[AddedToken]) -> None:
         shown = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
         verb = "is a token" if len(known) == 1 else "are tokens"
         raise PartialEmbeddingError(
-            f"{shown} {verb} of this tokenizer already. Nothing was added. To train rows that exist, use "
-            "train_tokens."
+            f"{shown} {verb} of this tokenizer already. Nothing was added. To train rows that exist, use train_tokens."
         )
 
 
@@ -205,50 +219,67 @@ def add_to_tokenizer(tokenizer: Any, tokens: Sequence[AddedToken]) -> list[int]:
 
     Raises:
         `PartialEmbeddingError`: the tokenizer takes no tokens, gives a token another one's id, does not
-            find it in its own text, or finds another one there (two that are the same after its
-            normaliser). The tokenizer is as it was.
+            find it in its own text (or finds another one there, the same after its normaliser), or would
+            not find an earlier one any more. The tokenizer is as it was.
     """
     if not tokens:
         return []
-    name, texts = type(tokenizer).__name__, [token.content for token in tokens]
     _check_growable(tokenizer)
     taken = set(tokenizer.get_vocab().values())
-    known = set(tokenizer.get_added_vocab())
+    earlier = dict(tokenizer.get_added_vocab())
+    read = _read(tokenizer, earlier)
+    found = {text: token_id for text, token_id in earlier.items() if token_id in read[text]}
     state = {} if tokenizer.is_fast else {key: copy(getattr(tokenizer, key)) for key in _SLOW_STATE}
     try:
         # In runs of one kind, which keeps the order where special and other tokens are mixed.
         for special, run in groupby(tokens, key=lambda token: bool(token.special)):
             copies = [token_from_dict(token_to_dict(token)) for token in run]
             tokenizer.add_tokens(copies, special_tokens=special)
-        ids: dict[int, str] = {}
-        for text in texts:
-            token_id = known_id(tokenizer, text)
-            if token_id is None:
-                raise PartialEmbeddingError(
-                    f"{name} did not take {text!r} as a token of its own. Give it another text, or pass "
-                    f"AddedToken({text!r}, normalized=False)."
-                )
-            if token_id in taken:
-                raise PartialEmbeddingError(
-                    f"{name} would give the new token {text!r} the id {token_id}, which another token has: there are "
-                    f"gaps between the ids of its {len(taken)} tokens, which go up to {max(taken)}. Give the tokenizer "
-                    "a token for each id first."
-                )
-            ids[token_id] = text
-        for token, token_id, found in zip(tokens, ids, encode_all(tokenizer, texts), strict=True):
-            if token_id not in found:
-                pieces = tokenizer.convert_ids_to_tokens(found) or "nothing"
-                remedy = ", or pass AddedToken(..., normalized=False)" if token.normalized else ""
-                raise PartialEmbeddingError(
-                    f"Token {token.content!r} would never be used: {name} reads its text as {pieces}. Give it another "
-                    f"text{remedy}."
-                )
+        ids = {token.content: _new_id(tokenizer, token.content, taken) for token in tokens}
+        _check_found(tokenizer, {**found, **ids}, tokens)
     except BaseException:
-        came = set(tokenizer.get_added_vocab()) - known
+        came = set(tokenizer.get_added_vocab()) - set(earlier)
         tokenizer.__dict__.update(state)
         remove_from_tokenizer(tokenizer, came)
         raise
-    return list(ids)
+    return list(ids.values())
+
+
+def _new_id(tokenizer: Any, text: str, taken: set[int]) -> int:
+    """The id of a token that has just been added, none of the ids that were there before."""
+    name, token_id = type(tokenizer).__name__, known_id(tokenizer, text)
+    if token_id is None:
+        raise PartialEmbeddingError(
+            f"{name} did not take {text!r} as a token of its own. Give it another text, or pass "
+            f"AddedToken({text!r}, normalized=False)."
+        )
+    if token_id in taken:
+        raise PartialEmbeddingError(
+            f"{name} would give the new token {text!r} the id {token_id}, which another token has: its {len(taken)} "
+            f"ids go up to {max(taken)}, with gaps. Give the tokenizer a token for each id first."
+        )
+    return token_id
+
+
+def _check_found(tokenizer: Any, ids: dict[str, int], new: Sequence[AddedToken]) -> None:
+    """Check that the tokenizer finds each token in the token's own text."""
+    texts = {token_id: text for text, token_id in ids.items()}
+    normalized = {token.content: token.normalized for token in new}
+    for text, found in _read(tokenizer, ids).items():
+        if ids[text] in found:
+            continue
+        pieces = [texts.get(piece) or tokenizer.convert_ids_to_tokens(piece) for piece in found]
+        reads = f"{type(tokenizer).__name__} would read its text as {pieces or 'nothing'}"
+        if text not in normalized:
+            raise PartialEmbeddingError(f"Token {text!r} would be lost: {reads}. Give the new one another text.")
+        remedy = ", or pass AddedToken(..., normalized=False)" if normalized[text] else ""
+        raise PartialEmbeddingError(f"Token {text!r} would never be used: {reads}. Give it another text{remedy}.")
+
+
+def _read(tokenizer: Any, texts: Iterable[str]) -> dict[str, list[int]]:
+    """What the tokenizer makes of each text."""
+    listed = list(texts)
+    return dict(zip(listed, encode_all(tokenizer, listed), strict=True))
 
 
 # What a tokenizer written in Python knows of added tokens, beside its trie and its size.
@@ -274,7 +305,7 @@ def remove_from_tokenizer(tokenizer: Any, texts: Iterable[str]) -> None:
     tokenizer._extra_special_tokens = [token for token in tokenizer._extra_special_tokens if str(token) not in gone]
     # Some classes split at more than the added tokens, so the trie keeps whatever else it has.
     trie = tokenizer.tokens_trie
-    tokenizer.tokens_trie = type(trie)(*sorted(trie._tokens - gone))
+    tokenizer.tokens_trie = type(trie)(sorted(trie._tokens - gone))
     tokenizer._update_total_vocab_size()
 
 

@@ -463,6 +463,15 @@ def test_a_model_without_token_embeddings_is_refused_by_name():
     assert len(tokenizer) == 300
 
 
+def test_a_module_that_has_kept_a_tensor_of_its_last_forward_is_no_obstacle():
+    model, tokenizer, partial = prepared()
+    model.model.kept = {"state": [model(torch.tensor([[5, 300]])).logits]}
+    second = add_tokens(model, tokenizer, ["<second>"])
+    second.detach()
+    partial.detach()
+    assert model.config.vocab_size == 300
+
+
 def test_rows_of_another_width_are_refused_with_both_widths():
     _, _, partial = prepared()
     rows = partial.detach()
