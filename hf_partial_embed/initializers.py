@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,8 +31,7 @@ class InitRequest:
         tokens: the new tokens' texts, `K` of them.
         pieces: for each token the ids of what its text, or its description, consisted of before it was
             added; ids of padding and of unknown tokens are left out.
-        trained_rows: bool `[V]`: rows that belong to a token; spare rows behind the tokenizer's last id
-            and padding are not trained and should enter no mean.
+        padding: id of the padding, whose row is not trained; `None` where there is none.
         model, tokenizer: as they were passed to `add_tokens`, before anything was added.
         generator: source of random numbers, seeded with `add_tokens(..., seed=)`.
     """
@@ -40,10 +40,23 @@ class InitRequest:
     role: str
     tokens: Sequence[str]
     pieces: Sequence[Sequence[int]]
-    trained_rows: Tensor
+    padding: int | None
     model: Any
     tokenizer: Any
     generator: torch.Generator
+
+    @cached_property
+    def trained_rows(self) -> Tensor:
+        """Bool `[V]`: rows that belong to a token. Spare rows, rows in gaps between ids and the row of
+        the padding are not trained, and should enter no mean.
+        """
+        size = len(self.table)
+        trained = torch.zeros(size, dtype=torch.bool)
+        ids = [token_id for token_id in self.tokenizer.get_vocab().values() if token_id < size]
+        trained[ids] = True
+        if self.padding is not None and 0 <= self.padding < size:
+            trained[self.padding] = False
+        return trained
 
 
 Initializer = Callable[[InitRequest], Tensor]

@@ -166,6 +166,12 @@ def find_layout(model: nn.Module, size: int | None = None) -> VocabularyLayout:
         )
     for table in found:
         _check_storage(model, table)
+        if table.role != "inert" and table.grown_size < (size or 0):
+            raise PartialEmbeddingError(
+                f"{type(model).__name__} cannot take ids up to {(size or 0) - 1}: its {table.name} has {table.size} "
+                f"rows and its input embeddings {present}, and its resize_token_embeddings does not grow one without "
+                "the other."
+            )
     live_counts = dict(_counts(model))
     counts = []
     for key, (_, attribute, value) in _counts(skeleton):
@@ -277,7 +283,7 @@ def _resize_skeleton(skeleton: Any, size: int) -> None:
     """Let `transformers` resize the skeleton; no values are computed, and nothing is said of any."""
     for module in skeleton.modules():
         for name in dir(type(module)):
-            if name.startswith("_init_added_"):
+            if name.startswith("_init_added_") or name == "_init_weights":
                 module.__dict__[name] = _compute_nothing
     known = inspect.signature(skeleton.resize_token_embeddings).parameters
     options = {"mean_resizing": False} if "mean_resizing" in known else {}

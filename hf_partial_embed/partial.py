@@ -122,6 +122,7 @@ def train_tokens(
     texts: list[AddedToken] = []
     if by_text:
         ids = find_ids(tokenizer, [str(token) for token in values])
+        check_ids(ids, min(table.size for table in layout.tables))
         texts = _existing_tokens(tokenizer, ids)
     else:
         if any(isinstance(token, (str, AddedToken)) for token in values):
@@ -315,7 +316,7 @@ class PartialEmbedding:
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
             card = merged_card(
-                self.tokens,
+                _names(self.tokens, self.token_ids),
                 base_model=_model_name(self.model),
                 repo_id=repo_id,
                 model_class=(self.model.config.architectures or [type(self.model).__name__])[0],
@@ -410,7 +411,14 @@ class TokenRows:
 
     def _check(self) -> None:
         size = len(self.token_ids)
+        if self.tokens and len(self.tokens) != size:
+            raise PartialEmbeddingError(f"There are {len(self.tokens)} tokens, but {count(self.token_ids, 'id')}.")
+        if len(set(self.token_ids)) != size:
+            raise PartialEmbeddingError(f"Ids are given more than once: {shorten(self.token_ids)}.")
         for name, rows in self.tensors().items():
+            if rows.dtype not in _ROW_DTYPES:
+                allowed = ", ".join(str(dtype) for dtype in _ROW_DTYPES)
+                raise PartialEmbeddingError(f"{name} is {rows.dtype}; rows are one of {allowed}.")
             if len(rows) != size:
                 raise PartialEmbeddingError(
                     f"{name} has {len(rows)} rows, but there are {count(self.token_ids, 'token')}: "
@@ -452,7 +460,19 @@ class TokenRows:
         self._save(Path(path), repo_id=str(path))
 
     def save_file(self, path: str | os.PathLike[str]) -> None:
-        """Save the rows as the file `path`, without a model card."""
+        """Save the rows as the file `path`, without a model card.
+
+        Raises:
+            `PartialEmbeddingError`: infinite or NaN values; the file is as it was.
+        """
+        for name, rows in self.tensors().items():
+            finite = torch.isfinite(rows).reshape(len(self), -1).all(1)
+            if not finite.all():
+                bad = [(self.tokens or self.token_ids)[row] for row in (~finite).nonzero().flatten().tolist()]
+                raise PartialEmbeddingError(
+                    f"{name} has infinite or NaN values for {shorten(bad)}: the training has diverged, or the values "
+                    "do not fit the dtype. Lower the learning rate."
+                )
         metadata = {
             "tokens": self.added_tokens,
             "token_ids": self.token_ids,
@@ -466,7 +486,7 @@ class TokenRows:
             raise PartialEmbeddingError(f"Cannot save to {folder}: it is a file. Give the path of a folder.")
         self.save_file(folder / ROWS_FILE)
         card = rows_card(
-            self.tokens or [f"id {token_id}" for token_id in self.token_ids],
+            _names(self.tokens, self.token_ids),
             {name: tuple(rows.shape) for name, rows in self.tensors().items()},
             base_model=self.base_model,
             repo_id=repo_id,
@@ -596,6 +616,9 @@ class TokenRows:
                     f"{there!r}; load that base model."
                 )
             rows[table.name] = given
+        unused = sorted(values.keys() - _row_keys(layout).keys())
+        if unused:
+            logger.warning("%s has no tables for these rows, which are left out: %s.", here, unused)
         if missing and self.tokens:
             logger.warning(
                 "The rows have no values for %s of %s; they start at the mean of their pieces.",
@@ -607,6 +630,7 @@ class TokenRows:
         return rows
 
 
+_ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TABLE_NAMES = {
     "input": "input embeddings", "output": "output embeddings", "bias": "biases", "extra": "further tables"
 }  # fmt: skip
@@ -641,8 +665,9 @@ def _check_options(layout: VocabularyLayout, strategy: str, output: str | bool, 
             "output=False cannot be had on a model whose head is tied to its input embeddings: there is one row "
             "for both. Use output='auto', or untie the head first."
         )
-    if dtype is not None and not dtype.is_floating_point:
-        raise PartialEmbeddingError(f"dtype={dtype} is no floating-point dtype; rows could not train.")
+    if dtype not in (None, *_ROW_DTYPES):
+        allowed = ", ".join(str(dtype) for dtype in _ROW_DTYPES)
+        raise PartialEmbeddingError(f"dtype={dtype} cannot be trained. Choose one of {allowed}.")
     if strategy == "mask" and dtype not in (None, layout.tables[0].tensor.dtype):
         raise PartialEmbeddingError(
             f"strategy='mask' trains the model's own tables, which are {layout.tables[0].tensor.dtype}; dtype={dtype} "
@@ -668,31 +693,36 @@ def _initial_rows(
                 f"Token {text!r} starts from {start!r}: give a description (str) or its row (a tensor)."
             )
     sources = [start if isinstance(start, str) else text for text, start in zip(texts, given, strict=True)]
-    pieces = encode_all(tokenizer, sources)
-    empty = [text for text, start, ids in zip(texts, given, pieces, strict=True) if isinstance(start, str) and not ids]
-    if empty:
-        raise PartialEmbeddingError(f"The descriptions of {shorten(empty)} have no tokens. Describe them in words.")
+    all_pieces = encode_all(tokenizer, sources)
     rows = {}
     for table in layout.tables:
         if table.role == "inert":
             continue
         old = table.tensor.detach().movedim(table.dim, 0)
-        trained = torch.arange(len(old)) < len(tokenizer)
         padding = getattr(table.holders[0][0], "padding_idx", None)
         padding = tokenizer.pad_token_id if padding is None else padding
-        if padding is not None and 0 <= padding < len(trained):
-            trained[padding] = False
+        pieces = [[piece for piece in ids if piece < len(old) and piece != padding] for ids in all_pieces]
+        empty = [
+            text for text, start, ids in zip(texts, given, pieces, strict=True) if isinstance(start, str) and not ids
+        ]
+        if empty:
+            raise PartialEmbeddingError(
+                f"The descriptions of {shorten(empty)} have no tokens. Describe them in words."
+            )
         request = InitRequest(
             table=old,
             role=table.role,
             tokens=texts,
-            pieces=[[piece for piece in ids if piece < len(old) and trained[piece]] for ids in pieces],
-            trained_rows=trained,
+            pieces=pieces,
+            padding=padding,
             model=model,
             tokenizer=tokenizer,
             generator=torch.Generator().manual_seed(seed),
         )
         values = initial_rows(init, request)
+        described = [row for row, start in enumerate(given) if isinstance(start, str)]
+        if described and isinstance(init, str):  # whatever the other tokens start from
+            values[described] = initial_rows("subtoken_mean", request)[described]
         if table.role == "input":
             for row, text, start in zip(values, texts, given, strict=True):
                 if isinstance(start, Tensor):
@@ -712,7 +742,8 @@ def _check_row(start: Tensor, text: str, row: Tensor) -> Tensor:
 
 def _plain_tokenizer(tokenizer: Any, *, needed: bool) -> Any:
     """The tokenizer itself where a processor was given."""
-    inner = getattr(tokenizer, "tokenizer", tokenizer)
+    is_processor = not hasattr(tokenizer, "convert_tokens_to_ids")
+    inner = getattr(tokenizer, "tokenizer", tokenizer) if is_processor else tokenizer
     if needed and not hasattr(inner, "convert_tokens_to_ids"):
         raise PartialEmbeddingError(
             f"A tokenizer is needed, but got {type(tokenizer).__name__}. Pass the model's tokenizer, e.g. "
@@ -724,9 +755,9 @@ def _plain_tokenizer(tokenizer: Any, *, needed: bool) -> Any:
 def _existing_tokens(tokenizer: Any, ids: Sequence[int]) -> list[AddedToken]:
     """The tokens that have the ids; none, if there is an id without one (a spare row)."""
     added = tokenizer.added_tokens_decoder
-    size = len(tokenizer)
-    texts = [tokenizer.convert_ids_to_tokens(i) if i < size else None for i in ids]
-    if any(text is None for text in texts):
+    by_id = {token_id: text for text, token_id in tokenizer.get_vocab().items()}
+    texts = [by_id.get(token_id) for token_id in ids]
+    if None in texts:
         return []
     return [
         token_from_dict(token_to_dict(added[i])) if i in added else AddedToken(text)
@@ -734,6 +765,14 @@ def _existing_tokens(tokenizer: Any, ids: Sequence[int]) -> list[AddedToken]:
     ]
 
 
+def _names(tokens: Sequence[str], ids: Sequence[int]) -> list[str]:
+    """What a person calls the rows: the tokens' texts, or their ids where there are none."""
+    return list(tokens) or [f"id {token_id}" for token_id in ids]
+
+
 def _model_name(model: Any) -> str | None:
+    """The base model's name on the Hub, or of its folder: a path of this machine says nothing elsewhere."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if name and (os.path.isabs(name) or Path(name).exists()):
+        return Path(name).name or None
     return name or None

@@ -96,7 +96,10 @@ class PartialEmbeddingCallback(TrainerCallback):
         for number, partial in enumerate(self.partials):
             rows = partial.token_rows()  # on every rank: a sharded run gathers here
             if state.is_world_process_zero:
-                rows.save_file(_rows_file(_checkpoint(args, state), number))
+                try:
+                    rows.save_file(_rows_file(_checkpoint(args, state), number))
+                except PartialEmbeddingError as error:  # not a reason to end a run that may be saved otherwise
+                    logger.warning("No row file was written beside this checkpoint: %s", error)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -34,6 +34,8 @@ CORPUS = [
     "Tools are called by name, and thinking happens before answering.",
     "A model reads tokens, and a token is a piece of a word.",
 ] * 4
+torch.set_num_threads(1)  # the models are so small that threads would only wait for each other
+
 # PEFT 0.21 calls what transformers 5.23 deprecates.
 PEFT_WARNING = "ignore:.*gradient_checkpointing.*is deprecated:FutureWarning"
 

@@ -443,7 +443,7 @@ def test_output_false_keeps_the_heads_new_rows_at_their_start():
         (True, {"output": True}, "output=True is unknown"),
         (True, {"strategy": "hook"}, "strategy='hook' is unknown. Choose 'split' or 'mask'"),
         (True, {"init": "zeros"}, "init='zeros' is no initialiser. Choose one of"),
-        (True, {"dtype": torch.int64}, "no floating-point dtype"),
+        (True, {"dtype": torch.int64}, "dtype=torch.int64 cannot be trained. Choose one of torch.float32"),
         (True, {"dtype": torch.float64, "strategy": "mask"}, "model's own tables, which are torch.float32"),
     ],
 )
@@ -713,6 +713,18 @@ def test_any_order_of_attaching_and_detaching_ends_where_it_began(data):
 def test_token_rows_refuses_rows_that_do_not_fit_its_tokens():
     with pytest.raises(PartialEmbeddingError, match="input_rows has 3 rows, but there are 2 tokens"):
         TokenRows(tokens=["a", "b"], input_rows=torch.zeros(3, 4), token_ids=[0, 1])
+
+
+def test_diverged_rows_are_not_saved_over_good_ones_and_can_be_taken_off(tmp_path):
+    model, _, partial = prepared()
+    partial.save_pretrained(tmp_path)
+    with torch.no_grad():
+        next(partial.parameters())[1, 0] = float("nan")
+    with pytest.raises(PartialEmbeddingError, match=r"input_rows has infinite or NaN values for '</think>'"):
+        partial.save_pretrained(tmp_path)
+    assert torch.isfinite(TokenRows.from_pretrained(tmp_path).input_rows).all()
+    partial.detach()
+    assert model.config.vocab_size == 300
 
 
 def test_repr_says_what_it_is():

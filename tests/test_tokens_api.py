@@ -66,9 +66,9 @@ class Start:
         assert_same(self.before[1], model_state(self.model))
 
 
-@pytest.fixture(params=["llama", "phi"])
-def kind(request) -> str:
-    return request.param
+@pytest.fixture
+def kind() -> str:
+    return "phi"  # a head with a bias: tied or untied, it has more than one table
 
 
 @pytest.fixture

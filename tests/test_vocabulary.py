@@ -438,7 +438,11 @@ BAD_OPTIONS = {
     "strategy": ({"strategy": "magic"}, "strategy='magic' is unknown. Choose 'split' or 'mask'."),
     "output": ({"output": "no"}, "output='no' is unknown. Choose 'auto' or False."),
     "no output rows of a tied head": ({"output": False}, "output=False cannot be had on a model whose head is tied"),
-    "dtype": ({"dtype": torch.int8}, "dtype=torch.int8 is no floating-point dtype; rows could not train."),
+    "dtype": (
+        {"dtype": torch.int8},
+        "dtype=torch.int8 cannot be trained. Choose one of torch.float32, torch.bfloat16, torch.float16, "
+        "torch.float64.",
+    ),
     "dtype under mask": ({"dtype": torch.float16, "strategy": "mask"}, "strategy='mask' trains the model's own"),
     "rows of another shape": (
         {"init": lambda request: torch.zeros(2)},
@@ -468,6 +472,7 @@ class TestErrorsChangeNothing:
             tokenizer.add_tokens(["unfindable"], special_tokens=True)
         self.check(tokenizer, tokens, {}, message)
 
+    @pytest.mark.parametrize("family", ["unigram", "bert-legacy"])
     @pytest.mark.parametrize("case", list(BAD_OPTIONS))
     def test_bad_options(self, family, case):
         self.check(ALL_TOKENIZERS[family](), NEW, *BAD_OPTIONS[case])
