@@ -6,10 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .api import add_tokens, load_tokens, train_tokens
     from .checkpoints import verify_checkpoint
     from .errors import FrozenRowsChangedError, PartialEmbeddingError
     from .mask import mask_gradients
-    from .partial import PartialEmbedding, TokenRows, add_tokens, load_tokens, train_tokens
+    from .partial import PartialEmbedding, TokenRows
     from .split import SplitEmbedding, SplitLinear
     from .trainer import PartialEmbeddingCallback
 
@@ -17,9 +18,9 @@ __version__ = "0.1.0"
 
 # By module, and imported on first use: the modules for plain PyTorch must not import transformers.
 _NAMES = {
-    "add_tokens": "partial",
-    "load_tokens": "partial",
-    "train_tokens": "partial",
+    "add_tokens": "api",
+    "load_tokens": "api",
+    "train_tokens": "api",
     "PartialEmbedding": "partial",
     "TokenRows": "partial",
     "PartialEmbeddingCallback": "trainer",

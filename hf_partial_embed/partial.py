@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,149 +17,23 @@ from torch import Tensor, nn
 from .attachment import Attachment
 from .errors import PartialEmbeddingError, count, shorten
 from .hub import locate_rows, merged_card, rows_card, upload, write_card
-from .initializers import Initializer, InitRequest, initial_rows, resolve
 from .layout import Table, VocabularyLayout, find_layout
+from .preparation import (
+    ROW_DTYPES,
+    check_options,
+    display_names,
+    initial_values,
+    model_name,
+    plain_tokenizer,
+    row_keys,
+)
 from .rows_file import ROWS_FILE, read_rows, write_rows
 from .split import check_ids
-from .vocabulary import (
-    check_new,
-    encode_all,
-    find_ids,
-    known_id,
-    normalize_tokens,
-    token_from_dict,
-    token_to_dict,
-)
+from .vocabulary import check_new, known_id, normalize_tokens, token_from_dict, token_to_dict
 
-__all__ = ["PartialEmbedding", "TokenRows", "add_tokens", "load_tokens", "train_tokens"]
+__all__ = ["PartialEmbedding", "TokenRows", "attach_rows"]
 
 logger = logging.getLogger(__name__)
-
-Tokens = Sequence["str | AddedToken"] | Mapping[Any, "str | Tensor"]
-
-
-def add_tokens(
-    model: Any,
-    tokenizer: Any,
-    tokens: Tokens,
-    *,
-    init: str | Initializer = "subtoken_mean",
-    strategy: str = "split",
-    output: str | bool = "auto",
-    special: bool = False,
-    dtype: torch.dtype | None = None,
-    seed: int = 0,
-) -> PartialEmbedding:
-    """Add tokens to a tokenizer and a model, and make their rows the only ones that train.
-
-    All other rows of the input embeddings and of the output head are frozen. Everything else in the
-    model keeps the `requires_grad` that it has. Right afterwards the logits over the old vocabulary are
-    what they were before.
-
-    Args:
-        model: a `transformers` model, on any device, in any floating-point dtype.
-        tokenizer: its tokenizer (or a processor that has one).
-        tokens: a list of `str` or `AddedToken`; or a dict from token to what its row starts from: a
-            string is a description, whose pieces are averaged, a tensor `[d]` is the input row itself.
-        init: name of an initialiser (`"subtoken_mean"`, `"mean"`), or a function from an
-            `InitRequest` to rows.
-        strategy: `"split"`: the rows are a parameter of their own, `[K, d]`, beside a frozen table.
-            `"mask"`: the model's modules stay as they are and the gradient of frozen rows is zeroed;
-            then the optimizer needs `partial.protect(optimizer)`, which the callback does in a Trainer.
-        output: `"auto"` trains the head's new rows too where there is a head over the vocabulary;
-            `False` leaves them at their initial values.
-        special: whether the tokens are special ones, which `decode(skip_special_tokens=True)` drops.
-        dtype: of the trainable rows; `None` is float32 under `"split"` and the model's under `"mask"`.
-        seed: of initialisers that draw random numbers.
-
-    Returns:
-        The `PartialEmbedding` that is now on the model.
-
-    Raises:
-        `PartialEmbeddingError`: tokens that are known, repeated, empty or never used; a model whose
-            vocabulary cannot grow; arguments that do not fit. Model and tokenizer are unchanged.
-    """
-    tokenizer = _plain_tokenizer(tokenizer, needed=True)
-    starts = tokens if isinstance(tokens, Mapping) else {}
-    added = normalize_tokens(list(tokens) if isinstance(tokens, Mapping) else tokens, special)
-    resolve(init)
-    check_new(tokenizer, added)
-    layout = find_layout(model, len(tokenizer) + len(added))
-    _check_options(layout, strategy, output, dtype)
-    rows = _initial_rows(model, tokenizer, layout, added, list(starts.values()) or None, init, seed)
-    return _attach(model, tokenizer, layout, tokens=added, rows=rows, strategy=strategy, output=output, dtype=dtype)
-
-
-def train_tokens(
-    model: Any,
-    tokenizer: Any,
-    tokens: Sequence[str | AddedToken] | Sequence[int],
-    *,
-    strategy: str = "split",
-    output: str | bool = "auto",
-    dtype: torch.dtype | None = None,
-) -> PartialEmbedding:
-    """Make rows that exist the only ones that train; otherwise like `add_tokens`.
-
-    Args:
-        model: a `transformers` model.
-        tokenizer: its tokenizer; may be `None` where `tokens` are ids.
-        tokens: tokens of the vocabulary, or ids, in any order.
-        strategy, output, dtype: as in `add_tokens`.
-
-    Raises:
-        `PartialEmbeddingError`: tokens that are not in the vocabulary, ids outside of the table, either
-            given twice; arguments that do not fit. Nothing has changed.
-    """
-    values: Any = tokens.tolist() if isinstance(tokens, Tensor) else tokens
-    if isinstance(values, (str, AddedToken)) or not isinstance(values, Iterable):
-        raise PartialEmbeddingError(f"tokens must be a list of tokens or of ids, but got {values!r}.")
-    values = list(values)
-    layout = find_layout(model)
-    _check_options(layout, strategy, output, dtype)
-    by_text = bool(values) and all(isinstance(token, (str, AddedToken)) for token in values)
-    tokenizer = _plain_tokenizer(tokenizer, needed=by_text)
-    texts: list[AddedToken] = []
-    if by_text:
-        ids = find_ids(tokenizer, [str(token) for token in values])
-        check_ids(ids, min(table.size for table in layout.tables))
-        texts = _existing_tokens(tokenizer, ids)
-    else:
-        if any(isinstance(token, (str, AddedToken)) for token in values):
-            raise PartialEmbeddingError(f"Give tokens or ids, not both: {shorten(values)}.")
-        ids = check_ids(values, min(table.size for table in layout.tables))
-        if tokenizer is not None:
-            texts = _existing_tokens(tokenizer, ids)
-    rows = {table.name: table.rows(ids) for table in layout.tables if table.role != "inert"}
-    return _attach(
-        model, tokenizer, layout, tokens=texts, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype
-    )
-
-
-def load_tokens(
-    model: Any,
-    tokenizer: Any,
-    source: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    trainable: bool = True,
-) -> PartialEmbedding:
-    """Attach saved rows to a model: `TokenRows.from_pretrained(source).attach(model, tokenizer)`.
-
-    Args:
-        model: a model with embeddings of the width that the rows have.
-        tokenizer: its tokenizer; tokens that it does not know are added, with ids of its own.
-        source: a row file, a folder that has one, or a Hub repository id.
-        revision: of the repository.
-        token: to read a private repository.
-        trainable: whether the rows go on training.
-
-    Raises:
-        `PartialEmbeddingError`: as `TokenRows.from_pretrained` and `TokenRows.attach` raise it.
-    """
-    rows = TokenRows.from_pretrained(source, revision=revision, token=token)
-    return rows.attach(model, tokenizer, trainable=trainable)
 
 
 class PartialEmbedding:
@@ -238,12 +112,12 @@ class PartialEmbedding:
         """The rows as they are now: detached copies on the CPU."""
         attachment = self._attachment
         assert attachment.layout is not None
-        keys = _row_keys(attachment.layout)
+        keys = row_keys(attachment.layout)
         return TokenRows.from_tensors(
             {key: attachment.current_rows(table) for key, table in keys.items()},
             added_tokens=[token_to_dict(token) for token in attachment.tokens],
             token_ids=self.token_ids,
-            base_model=_model_name(self.model),
+            base_model=model_name(self.model),
             tied=attachment.layout.tied,
         )
 
@@ -263,7 +137,7 @@ class PartialEmbedding:
         assert attachment.layout is not None
         values = rows.tensors()
         pairs = []
-        for key, table in _row_keys(attachment.layout).items():
+        for key, table in row_keys(attachment.layout).items():
             if table in attachment.trained:
                 if key not in values or rows.tokens != self.tokens:
                     return False
@@ -316,8 +190,8 @@ class PartialEmbedding:
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
             card = merged_card(
-                _names(self.tokens, self.token_ids),
-                base_model=_model_name(self.model),
+                display_names(self.tokens, self.token_ids),
+                base_model=model_name(self.model),
                 repo_id=repo_id,
                 model_class=(self.model.config.architectures or [type(self.model).__name__])[0],
             )
@@ -364,17 +238,6 @@ class PartialEmbedding:
         )
 
 
-def _row_keys(layout: VocabularyLayout) -> dict[str, Table]:
-    """Under which name a row file has the rows of each table."""
-    names = {"input": "input_rows", "output": "output_rows", "bias": "output_bias"}
-    keys: dict[str, Table] = {}
-    for table in layout.tables:
-        if table.role != "inert":
-            key = names.get(table.role)
-            keys[f"extra.{table.name}" if key is None or key in keys else key] = table
-    return keys
-
-
 @dataclass
 class TokenRows:
     """Rows of tokens by themselves, on the CPU: what is saved, published, and attached elsewhere.
@@ -416,8 +279,8 @@ class TokenRows:
         if len(set(self.token_ids)) != size:
             raise PartialEmbeddingError(f"Ids are given more than once: {shorten(self.token_ids)}.")
         for name, rows in self.tensors().items():
-            if rows.dtype not in _ROW_DTYPES:
-                allowed = ", ".join(str(dtype) for dtype in _ROW_DTYPES)
+            if rows.dtype not in ROW_DTYPES:
+                allowed = ", ".join(str(dtype) for dtype in ROW_DTYPES)
                 raise PartialEmbeddingError(f"{name} is {rows.dtype}; rows are one of {allowed}.")
             if len(rows) != size:
                 raise PartialEmbeddingError(
@@ -486,7 +349,7 @@ class TokenRows:
             raise PartialEmbeddingError(f"Cannot save to {folder}: it is a file. Give the path of a folder.")
         self.save_file(folder / ROWS_FILE)
         card = rows_card(
-            _names(self.tokens, self.token_ids),
+            display_names(self.tokens, self.token_ids),
             {name: tuple(rows.shape) for name, rows in self.tensors().items()},
             base_model=self.base_model,
             repo_id=repo_id,
@@ -564,7 +427,7 @@ class TokenRows:
             `PartialEmbeddingError`: the model's embeddings have another width, or tables that the rows
                 do not fit. Nothing has changed.
         """
-        tokenizer = _plain_tokenizer(tokenizer, needed=bool(self.tokens))
+        tokenizer = plain_tokenizer(tokenizer, needed=bool(self.tokens))
         added = [token_from_dict(token) for token in self.added_tokens]
         if added:
             added = normalize_tokens(added, special=False)
@@ -573,12 +436,12 @@ class TokenRows:
         if new:
             check_new(tokenizer, new)
         layout = find_layout(model, len(tokenizer) + len(new) if new else None)
-        _check_options(layout, strategy, output, dtype)
+        check_options(layout, strategy, output, dtype)
         rows = self._fit(model, tokenizer, layout, added)
         ids = None
         if not self.tokens:
             ids = check_ids(self.token_ids, min(table.size for table in layout.tables))
-        partial = _attach(
+        partial = attach_rows(
             model, tokenizer, layout, tokens=added, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype
         )
         return partial if trainable else partial.requires_grad_(False)
@@ -586,7 +449,7 @@ class TokenRows:
     def _fit(self, model: Any, tokenizer: Any, layout: VocabularyLayout, added: list[AddedToken]) -> dict[str, Tensor]:
         """The rows for each table of a model; what these rows lack is initialised from the pieces."""
         here, there = type(model).__name__, self.base_model or "another model"
-        name = _model_name(model)
+        name = model_name(model)
         if self.base_model and name and Path(name).name != Path(self.base_model).name:
             logger.warning(
                 "These rows were trained on %r and are attached to %r: they may mean nothing there.",
@@ -601,7 +464,7 @@ class TokenRows:
         rows: dict[str, Tensor] = {}
         missing: list[Table] = []
         values = self.tensors()
-        for key, table in _row_keys(layout).items():
+        for key, table in row_keys(layout).items():
             given = values.get(key)
             if given is None and table.role == "output" and self.tied:
                 given = self.input_rows  # they were the head's rows as well
@@ -616,7 +479,7 @@ class TokenRows:
                     f"{there!r}; load that base model."
                 )
             rows[table.name] = given
-        unused = sorted(values.keys() - _row_keys(layout).keys())
+        unused = sorted(values.keys() - row_keys(layout).keys())
         if unused:
             logger.warning("%s has no tables for these rows, which are left out: %s.", here, unused)
         if missing and self.tokens:
@@ -626,17 +489,16 @@ class TokenRows:
                 here,
             )
             some = VocabularyLayout(missing)
-            rows.update(_initial_rows(model, tokenizer, some, added, None, "subtoken_mean", 0))
+            rows.update(initial_values(model, tokenizer, some, added, None, "subtoken_mean", 0))
         return rows
 
 
-_ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TABLE_NAMES = {
     "input": "input embeddings", "output": "output embeddings", "bias": "biases", "extra": "further tables"
 }  # fmt: skip
 
 
-def _attach(
+def attach_rows(
     model: Any,
     tokenizer: Any,
     layout: VocabularyLayout,
@@ -648,131 +510,9 @@ def _attach(
     dtype: torch.dtype | None,
     ids: Sequence[int] | None = None,
 ) -> PartialEmbedding:
+    """Put a set of rows on a model; see `Attachment`."""
     attachment = Attachment(
         model, tokenizer, tokens=tokens, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype
     )
     attachment.apply(layout)
     return PartialEmbedding(attachment)
-
-
-def _check_options(layout: VocabularyLayout, strategy: str, output: str | bool, dtype: torch.dtype | None) -> None:
-    if strategy not in ("split", "mask"):
-        raise PartialEmbeddingError(f"strategy={strategy!r} is unknown. Choose 'split' or 'mask'.")
-    if output != "auto" and output is not False:
-        raise PartialEmbeddingError(f"output={output!r} is unknown. Choose 'auto' or False.")
-    if output is False and layout.tied:
-        raise PartialEmbeddingError(
-            "output=False cannot be had on a model whose head is tied to its input embeddings: there is one row "
-            "for both. Use output='auto', or untie the head first."
-        )
-    if dtype not in (None, *_ROW_DTYPES):
-        allowed = ", ".join(str(dtype) for dtype in _ROW_DTYPES)
-        raise PartialEmbeddingError(f"dtype={dtype} cannot be trained. Choose one of {allowed}.")
-    if strategy == "mask" and dtype not in (None, layout.tables[0].tensor.dtype):
-        raise PartialEmbeddingError(
-            f"strategy='mask' trains the model's own tables, which are {layout.tables[0].tensor.dtype}; dtype={dtype} "
-            "cannot be had. Use strategy='split', or convert the model."
-        )
-
-
-def _initial_rows(
-    model: Any,
-    tokenizer: Any,
-    layout: VocabularyLayout,
-    tokens: list[AddedToken],
-    starts: list[str | Tensor] | None,
-    init: str | Initializer,
-    seed: int,
-) -> dict[str, Tensor]:
-    """Rows of each table of a model for tokens that are not added yet."""
-    texts = [token.content for token in tokens]
-    given: list[Any] = starts or [None] * len(texts)
-    for text, start in zip(texts, given, strict=True):
-        if start is not None and not isinstance(start, (str, Tensor)):
-            raise PartialEmbeddingError(
-                f"Token {text!r} starts from {start!r}: give a description (str) or its row (a tensor)."
-            )
-    sources = [start if isinstance(start, str) else text for text, start in zip(texts, given, strict=True)]
-    all_pieces = encode_all(tokenizer, sources)
-    rows = {}
-    for table in layout.tables:
-        if table.role == "inert":
-            continue
-        old = table.tensor.detach().movedim(table.dim, 0)
-        padding = getattr(table.holders[0][0], "padding_idx", None)
-        padding = tokenizer.pad_token_id if padding is None else padding
-        pieces = [[piece for piece in ids if piece < len(old) and piece != padding] for ids in all_pieces]
-        empty = [
-            text for text, start, ids in zip(texts, given, pieces, strict=True) if isinstance(start, str) and not ids
-        ]
-        if empty:
-            raise PartialEmbeddingError(
-                f"The descriptions of {shorten(empty)} have no tokens. Describe them in words."
-            )
-        request = InitRequest(
-            table=old,
-            role=table.role,
-            tokens=texts,
-            pieces=pieces,
-            padding=padding,
-            model=model,
-            tokenizer=tokenizer,
-            generator=torch.Generator().manual_seed(seed),
-        )
-        values = initial_rows(init, request)
-        described = [row for row, start in enumerate(given) if isinstance(start, str)]
-        if described and isinstance(init, str):  # whatever the other tokens start from
-            values[described] = initial_rows("subtoken_mean", request)[described]
-        if table.role == "input":
-            for row, text, start in zip(values, texts, given, strict=True):
-                if isinstance(start, Tensor):
-                    row.copy_(_check_row(start, text, row))
-        rows[table.name] = values
-    return rows
-
-
-def _check_row(start: Tensor, text: str, row: Tensor) -> Tensor:
-    if start.shape != row.shape or not start.is_floating_point() or not torch.isfinite(start).all():
-        raise PartialEmbeddingError(
-            f"The row given for {text!r} has shape {tuple(start.shape)} and dtype {start.dtype}; finite "
-            f"floating-point numbers of shape {tuple(row.shape)} are needed."
-        )
-    return start.detach()
-
-
-def _plain_tokenizer(tokenizer: Any, *, needed: bool) -> Any:
-    """The tokenizer itself where a processor was given."""
-    is_processor = not hasattr(tokenizer, "convert_tokens_to_ids")
-    inner = getattr(tokenizer, "tokenizer", tokenizer) if is_processor else tokenizer
-    if needed and not hasattr(inner, "convert_tokens_to_ids"):
-        raise PartialEmbeddingError(
-            f"A tokenizer is needed, but got {type(tokenizer).__name__}. Pass the model's tokenizer, e.g. "
-            "AutoTokenizer.from_pretrained(...)."
-        )
-    return inner
-
-
-def _existing_tokens(tokenizer: Any, ids: Sequence[int]) -> list[AddedToken]:
-    """The tokens that have the ids; none, if there is an id without one (a spare row)."""
-    added = tokenizer.added_tokens_decoder
-    by_id = {token_id: text for text, token_id in tokenizer.get_vocab().items()}
-    texts = [by_id.get(token_id) for token_id in ids]
-    if None in texts:
-        return []
-    return [
-        token_from_dict(token_to_dict(added[i])) if i in added else AddedToken(text)
-        for i, text in zip(ids, texts, strict=True)
-    ]
-
-
-def _names(tokens: Sequence[str], ids: Sequence[int]) -> list[str]:
-    """What a person calls the rows: the tokens' texts, or their ids where there are none."""
-    return list(tokens) or [f"id {token_id}" for token_id in ids]
-
-
-def _model_name(model: Any) -> str | None:
-    """The base model's name on the Hub, or of its folder: a path of this machine says nothing elsewhere."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
-    if name and (os.path.isabs(name) or Path(name).exists()):
-        return Path(name).name or None
-    return name or None

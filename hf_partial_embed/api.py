@@ -1,0 +1,149 @@
+"""The three functions that put token rows on a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from torch import Tensor
+
+from .errors import PartialEmbeddingError, shorten
+from .initializers import Initializer, resolve
+from .layout import find_layout
+from .partial import PartialEmbedding, TokenRows, attach_rows
+from .preparation import check_options, existing_tokens, initial_values, plain_tokenizer
+from .split import check_ids
+from .vocabulary import check_new, find_ids, normalize_tokens
+
+__all__ = ["add_tokens", "load_tokens", "train_tokens"]
+
+Tokens = Sequence["str | AddedToken"] | Mapping[Any, "str | Tensor"]
+
+
+def add_tokens(
+    model: Any,
+    tokenizer: Any,
+    tokens: Tokens,
+    *,
+    init: str | Initializer = "subtoken_mean",
+    strategy: str = "split",
+    output: str | bool = "auto",
+    special: bool = False,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> PartialEmbedding:
+    """Add tokens to a tokenizer and a model, and make their rows the only ones that train.
+
+    All other rows of the input embeddings and of the output head are frozen. Everything else in the
+    model keeps the `requires_grad` that it has. Right afterwards the logits over the old vocabulary are
+    what they were before.
+
+    Args:
+        model: a `transformers` model, on any device, in any floating-point dtype.
+        tokenizer: its tokenizer (or a processor that has one).
+        tokens: a list of `str` or `AddedToken`; or a dict from token to what its row starts from: a
+            string is a description, whose pieces are averaged, a tensor `[d]` is the input row itself.
+        init: name of an initialiser (`"subtoken_mean"`, `"mean"`), or a function from an
+            `InitRequest` to rows.
+        strategy: `"split"`: the rows are a parameter of their own, `[K, d]`, beside a frozen table.
+            `"mask"`: the model's modules stay as they are and the gradient of frozen rows is zeroed;
+            then the optimizer needs `partial.protect(optimizer)`, which the callback does in a Trainer.
+        output: `"auto"` trains the head's new rows too where there is a head over the vocabulary;
+            `False` leaves them at their initial values.
+        special: whether the tokens are special ones, which `decode(skip_special_tokens=True)` drops.
+        dtype: of the trainable rows; `None` is float32 under `"split"` and the model's under `"mask"`.
+        seed: of initialisers that draw random numbers.
+
+    Returns:
+        The `PartialEmbedding` that is now on the model.
+
+    Raises:
+        `PartialEmbeddingError`: tokens that are known, repeated, empty or never used; a model whose
+            vocabulary cannot grow; arguments that do not fit. Model and tokenizer are unchanged.
+    """
+    tokenizer = plain_tokenizer(tokenizer, needed=True)
+    starts = tokens if isinstance(tokens, Mapping) else {}
+    added = normalize_tokens(list(tokens) if isinstance(tokens, Mapping) else tokens, special)
+    resolve(init)
+    check_new(tokenizer, added)
+    layout = find_layout(model, len(tokenizer) + len(added))
+    check_options(layout, strategy, output, dtype)
+    rows = initial_values(model, tokenizer, layout, added, list(starts.values()) or None, init, seed)
+    return attach_rows(
+        model, tokenizer, layout, tokens=added, rows=rows, strategy=strategy, output=output, dtype=dtype
+    )
+
+
+def train_tokens(
+    model: Any,
+    tokenizer: Any,
+    tokens: Sequence[str | AddedToken] | Sequence[int],
+    *,
+    strategy: str = "split",
+    output: str | bool = "auto",
+    dtype: torch.dtype | None = None,
+) -> PartialEmbedding:
+    """Make rows that exist the only ones that train; otherwise like `add_tokens`.
+
+    Args:
+        model: a `transformers` model.
+        tokenizer: its tokenizer; may be `None` where `tokens` are ids.
+        tokens: tokens of the vocabulary, or ids, in any order.
+        strategy, output, dtype: as in `add_tokens`.
+
+    Raises:
+        `PartialEmbeddingError`: tokens that are not in the vocabulary, ids outside of the table, either
+            given twice; arguments that do not fit. Nothing has changed.
+    """
+    values: Any = tokens.tolist() if isinstance(tokens, Tensor) else tokens
+    if isinstance(values, (str, AddedToken)) or not isinstance(values, Iterable):
+        raise PartialEmbeddingError(f"tokens must be a list of tokens or of ids, but got {values!r}.")
+    values = list(values)
+    layout = find_layout(model)
+    check_options(layout, strategy, output, dtype)
+    by_text = bool(values) and all(isinstance(token, (str, AddedToken)) for token in values)
+    tokenizer = plain_tokenizer(tokenizer, needed=by_text)
+    texts: list[AddedToken] = []
+    if by_text:
+        ids = find_ids(tokenizer, [str(token) for token in values])
+        check_ids(ids, min(table.size for table in layout.tables))
+        texts = existing_tokens(tokenizer, ids)
+    else:
+        if any(isinstance(token, (str, AddedToken)) for token in values):
+            raise PartialEmbeddingError(f"Give tokens or ids, not both: {shorten(values)}.")
+        ids = check_ids(values, min(table.size for table in layout.tables))
+        if tokenizer is not None:
+            texts = existing_tokens(tokenizer, ids)
+    rows = {table.name: table.rows(ids) for table in layout.tables if table.role != "inert"}
+    return attach_rows(
+        model, tokenizer, layout, tokens=texts, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype
+    )
+
+
+def load_tokens(
+    model: Any,
+    tokenizer: Any,
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trainable: bool = True,
+) -> PartialEmbedding:
+    """Attach saved rows to a model: `TokenRows.from_pretrained(source).attach(model, tokenizer)`.
+
+    Args:
+        model: a model with embeddings of the width that the rows have.
+        tokenizer: its tokenizer; tokens that it does not know are added, with ids of its own.
+        source: a row file, a folder that has one, or a Hub repository id.
+        revision: of the repository.
+        token: to read a private repository.
+        trainable: whether the rows go on training.
+
+    Raises:
+        `PartialEmbeddingError`: as `TokenRows.from_pretrained` and `TokenRows.attach` raise it.
+    """
+    rows = TokenRows.from_pretrained(source, revision=revision, token=token)
+    return rows.attach(model, tokenizer, trainable=trainable)
