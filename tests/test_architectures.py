@@ -1,6 +1,6 @@
 """The promises over every architecture of `transformers` that has text embeddings.
 
-A few different ones run with the other tests, all of them with `pytest -m slow tests/test_architectures.py`.
+A few different ones run with the other tests, all of them with `pytest -m sweep tests/test_architectures.py`.
 As a command this prints a table of what holds for which class, and totals:
 
     python tests/test_architectures.py [--strategy split|mask] [--flip-ties] [--only NAME] [--json FILE]
@@ -536,7 +536,7 @@ def test_architecture(name):
     _test(name, "split")
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", zoo.names())
 @pytest.mark.parametrize("strategy", ["split", "mask"])
 @pytest.mark.parametrize("flip", [False, True], ids=["", "flipped"])
