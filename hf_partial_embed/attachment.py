@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .digest import row_digests
 from .errors import FrozenRowsChangedError, PartialEmbeddingError, shorten
-from .layout import Growth, Table, VocabularyLayout, find_layout
+from .layout import REGISTRY, Growth, Table, VocabularyLayout, find_layout
 from .mask import MaskHandle
 from .rows import ForwardScope, PartialModule
 from .split import split_module, unsplit_module
@@ -26,13 +26,12 @@ from .vocabulary import add_to_tokenizer, known_id, remove_from_tokenizer
 
 __all__ = ["Attachment", "attachments_of"]
 
-_REGISTRY = "_partial_embeddings"
 _SCOPE = "_partial_embedding_scope"
 
 
 def attachments_of(model: nn.Module) -> list[Attachment]:
     """The row sets that are attached to a model, the oldest first."""
-    found: list[Attachment] = getattr(model, _REGISTRY, None) or []
+    found: list[Attachment] = getattr(model, REGISTRY, None) or []
     return found
 
 
@@ -108,12 +107,19 @@ class Attachment:
         for table in layout.tables:
             if table.name in self.rows:
                 self._do(_WriteRows(table, self.ids, self.rows[table.name]))
+        for table in layout.tables:
+            if table.is_parameter:
+                for module, attribute in table.holders:
+                    self._do(_Freeze(module, attribute))
         if self.strategy == "split":
-            self._split(layout)
+            self._split()
         else:
             self._mask()
+        for module in self.model.modules():
+            if hasattr(type(module), "resize_token_embeddings"):
+                self._do(_Set(module, "resize_token_embeddings", _refuse_resize))
         self._digests = {table.name: row_digests(table.tensor, table.dim) for table in self.trained}
-        self._do(_Set(self.model, _REGISTRY, [*attachments_of(self.model), self]))
+        self._do(_Set(self.model, REGISTRY, [*attachments_of(self.model), self]))
 
     def _give_ids(self) -> list[int]:
         if self.fixed_ids is not None:
@@ -150,13 +156,9 @@ class Attachment:
         self._steps.append(step)
         step.do()
 
-    def _split(self, layout: VocabularyLayout) -> None:
+    def _split(self) -> None:
         self._do(_OpenScope(self.model))
-        scope: ForwardScope = self.model.__dict__.get(_SCOPE) or getattr(self.model, _SCOPE)
-        for table in layout.tables:
-            if table.is_parameter:
-                for module, attribute in table.holders:
-                    self._do(_Freeze(module, attribute))
+        scope: ForwardScope = getattr(self.model, _SCOPE)
         for table in self.trained:
             rows = self.rows[table.name]
             if not isinstance(rows, nn.Parameter):
@@ -168,15 +170,8 @@ class Attachment:
             self._do(step)
             self._row_names[table.name] = step.row_name
         self._do(_HideRows(self.model))
-        for module in self.model.modules():
-            if hasattr(type(module), "resize_token_embeddings"):
-                self._do(_Set(module, "resize_token_embeddings", _refuse_resize))
 
     def _mask(self) -> None:
-        for table in self.layout.tables if self.layout else []:
-            if table.is_parameter:
-                for module, attribute in table.holders:
-                    self._do(_Freeze(module, attribute))
         for table in self.trained:
             table.tensor.requires_grad_(True)
             others = [
@@ -191,9 +186,6 @@ class Attachment:
             self.masks.append(step.handle)
             for optimizer in self._protected:
                 step.handle.protect(optimizer)
-        for module in self.model.modules():
-            if hasattr(type(module), "resize_token_embeddings"):
-                self._do(_Set(module, "resize_token_embeddings", _refuse_resize))
 
     def parameter(self, table: Table) -> nn.Parameter:
         """What trains for a table: its rows, or under `"mask"` the whole of it."""

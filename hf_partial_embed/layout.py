@@ -22,7 +22,11 @@ from torch.utils._pytree import tree_leaves
 
 from .errors import PartialEmbeddingError
 
-__all__ = ["Growth", "Table", "VocabularyLayout", "find_layout"]
+__all__ = ["REGISTRY", "Growth", "Table", "VocabularyLayout", "find_layout"]
+
+
+# The attribute of a model under which its row sets are kept; a skeleton goes without them.
+REGISTRY = "_partial_embeddings"
 
 
 @dataclass(eq=False)
@@ -271,7 +275,7 @@ def _skeleton(model: nn.Module) -> Any:
             for leaf in tree_leaves(value) if isinstance(value, (Tensor, list, tuple, dict)) else ():
                 if isinstance(leaf, Tensor) and id(leaf) not in memo:
                     memo[id(leaf)] = torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
-        for attachment in module.__dict__.get("_partial_embeddings", ()):
+        for attachment in module.__dict__.get(REGISTRY, ()):
             memo[id(attachment)] = None
     skeleton = copy.deepcopy(model, memo)
     for module in skeleton.modules():

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import PartialEmbeddingError
+from .vocabulary import TOKEN_FLAGS
 
 __all__ = ["FORMAT_VERSION", "ROWS_FILE", "read_rows", "write_atomically", "write_rows"]
 
@@ -27,7 +28,6 @@ ROWS_FILE = "token_rows.safetensors"
 FORMAT_VERSION = 1
 _KEY = "hf_partial_embed"
 _MAX_HEADER = 64 << 20
-_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _DTYPES = {"F16", "BF16", "F32", "F64"}
 
 
@@ -152,7 +152,7 @@ def _is_token(token: Any) -> bool:
         isinstance(token, dict)
         and _is_text(token.get("content"))
         and bool(token["content"])
-        and all(isinstance(token.get(flag), bool) for flag in _FLAGS)
+        and all(isinstance(token.get(flag), bool) for flag in TOKEN_FLAGS)
     )
 
 

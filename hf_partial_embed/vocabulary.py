@@ -15,6 +15,7 @@ from tokenizers import AddedToken
 from .errors import PartialEmbeddingError, count, shorten
 
 __all__ = [
+    "TOKEN_FLAGS",
     "add_to_tokenizer",
     "check_new",
     "encode_all",
@@ -26,7 +27,7 @@ __all__ = [
     "token_to_dict",
 ]
 
-_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
+TOKEN_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 
 
 def normalize_tokens(tokens: Iterable[str | AddedToken], special: bool) -> list[AddedToken]:
@@ -86,13 +87,13 @@ def _check_unicode(text: str) -> None:
 
 def token_to_dict(token: AddedToken) -> dict[str, Any]:
     """The text and the flags of a token, as they are stored in a row file."""
-    return {"content": token.content, **{flag: getattr(token, flag) for flag in _FLAGS}}
+    return {"content": token.content, **{flag: getattr(token, flag) for flag in TOKEN_FLAGS}}
 
 
 def token_from_dict(values: dict[str, Any]) -> AddedToken:
     """The inverse of `token_to_dict`."""
     _check_unicode(values["content"])
-    return AddedToken(values["content"], **{flag: bool(values[flag]) for flag in _FLAGS})
+    return AddedToken(values["content"], **{flag: bool(values[flag]) for flag in TOKEN_FLAGS})
 
 
 def encode_all(tokenizer: Any, texts: Sequence[str], *, unknown: bool = False) -> list[list[int]]:
