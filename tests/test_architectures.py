@@ -3,7 +3,7 @@
 A few different ones run with the other tests, all of them with `pytest -m sweep tests/test_architectures.py`.
 As a command this prints a table of what holds for which class, and totals:
 
-    python tests/test_architectures.py [--strategy split|mask] [--flip-ties] [--only NAME] [--json FILE]
+    python tests/test_architectures.py --jobs 2 [--strategy split|mask] [--ties default|flipped] [--only NAME]
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import copy
 import json
 import os
 import signal
-import sys
 import tempfile
 import time
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import pytest
 import torch
 import transformers
 import zoo
+from tqdm import tqdm
 from zoo import NotInZoo
 
 from hf_partial_embed import add_tokens, load_tokens
@@ -621,34 +623,60 @@ def test_every_architecture(name, strategy, flip):
     _test(name, strategy, flip=flip)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--strategy", choices=["split", "mask"], default="split")
-    parser.add_argument("--flip-ties", action="store_true", help="flip tie_word_embeddings of each class")
-    parser.add_argument("--compile", action="store_true", help="also torch.compile (slow)")
-    parser.add_argument("--only", action="append", help="a class; may be repeated")
-    parser.add_argument("--json", help="write all outcomes to this file")
-    parser.add_argument("--shard", default="0/1", help="i/n: every n-th class from the i-th on")
-    options = parser.parse_args(arguments)
+def _start_worker() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
-    shard, shards = map(int, options.shard.split("/"))
-    results = []
-    for name in options.only or zoo.names()[shard::shards]:
-        result = examine(name, options.strategy, flip=options.flip_ties, compile=options.compile, seconds=SECONDS)
-        results.append(result)
-        if not result["left_out"]:
-            marks = Counter(outcome.partition(":")[0] for outcome in result["checks"].values())
-            tied = {True: "tied", False: "untied", None: "no head"}[result["tied"]]
-            failed = {c: o for c, o in result["checks"].items() if o.startswith("FAIL")}
-            reason = "; ".join(f"{check}: {outcome[6:]}" for check, outcome in failed.items())
-            print(f"{name:48} {tied:8} ok {marks['ok']:2} skip {marks['skip']:2} FAIL {marks['FAIL']:2}  {reason}")
-        elif options.only:
-            print(f"{name:48} left out: {result['left_out']}")
-        sys.stdout.flush()
-        if options.json:
-            Path(options.json).write_text(json.dumps(results, indent=1, default=str))
-    _print_totals([result for result in results if not result["left_out"]], len(results))
+    transformers.logging.disable_progress_bar()
+
+
+def _examine(task: tuple[str, str, bool, bool]) -> dict[str, Any]:
+    name, strategy, flip, compile = task
+    return examine(name, strategy, flip=flip, compile=compile, seconds=SECONDS)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--strategy", choices=["split", "mask"], help="only this one (default: both)")
+    parser.add_argument("--ties", choices=["default", "flipped"], help="only these (default: both)")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile (slow)")
+    parser.add_argument("--only", action="append", help="a class; may be repeated")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--json", help="write all outcomes to this file")
+    options = parser.parse_args(arguments)
+    names, everything = options.only or zoo.names(), []
+    for strategy in [options.strategy] if options.strategy else ["split", "mask"]:
+        for ties in [options.ties] if options.ties else ["default", "flipped"]:
+            print(f"\n=== {strategy}, {ties} ties\n", flush=True)
+            tasks = [(name, strategy, ties == "flipped", options.compile) for name in names]
+            results = []
+            with ProcessPoolExecutor(options.jobs, get_context("spawn"), _start_worker) as pool:
+                for result in tqdm(pool.map(_examine, tasks), total=len(tasks), desc=f"{strategy}, {ties} ties"):
+                    results.append(result)
+                    _print_result(result, named=bool(options.only))
+            _print_totals([result for result in results if not result["left_out"]], len(results))
+            everything += [{"strategy": strategy, "ties": ties, **result} for result in results]
+            if options.json:
+                Path(options.json).write_text(json.dumps(everything, indent=1, default=str))
+
+
+def _print_result(result: dict[str, Any], *, named: bool) -> None:
+    """One line of the table: class, tie, how many checks hold, and why others do not."""
+    if result["left_out"]:
+        if named:
+            print(f"{result['class']:48} left out: {result['left_out']}", flush=True)
+        return
+    marks = Counter(outcome.partition(":")[0] for outcome in result["checks"].values())
+    tied = {True: "tied", False: "untied", None: "no head"}[result["tied"]]
+    failed = {check: outcome for check, outcome in result["checks"].items() if outcome.startswith("FAIL")}
+    reasons = [
+        f"{check}{' (not ours)' * (check in NOT_OURS)}: {EXPLAINED.get((result['class'], check), outcome[6:])}"
+        for check, outcome in failed.items()
+    ]
+    print(
+        f"{result['class']:48} {tied:8} ok {marks['ok']:2} skip {marks['skip']:2} FAIL {marks['FAIL']:2}  "
+        f"{'; '.join(reasons)}",
+        flush=True,
+    )
 
 
 def _print_totals(ran: list[dict[str, Any]], asked: int) -> None:
