@@ -18,7 +18,6 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -512,21 +511,19 @@ class Case:
         assert attached.shape == merged.shape and bool((attached == merged).all()), "merged generates otherwise"
 
     def check_compile(self) -> None:
-        def compiled(model: Any) -> Callable[..., Any]:
+        def compiled(model: Any, ids: torch.Tensor) -> torch.Tensor:
             torch._dynamo.reset()
-            recipe = zoo._recipe(model)
-            return torch.compile(
-                lambda ids: zoo._main(model(**zoo._arguments(model, ids, recipe))), backend="aot_eager", fullgraph=True
-            )
+            run = torch.compile(model, backend="aot_eager", fullgraph=True)
+            return zoo._main(run(**zoo._arguments(model, ids, zoo._recipe(model))))
 
         try:
-            compiled(self.build())(self.old_ids).sum().backward()
+            compiled(self.build(), self.old_ids).sum().backward()
         except Exception as error:
             raise Skip(f"not the plain model: {zoo._reason(error)}") from error
         model = self.build().requires_grad_(False)
         partial = self.add(model, zoo.tokenizer_of(self.size))
         ids = self.ids(partial)
-        out = compiled(model)(ids)
+        out = compiled(model, ids)
         assert_close(out.detach(), output(model, ids))
         out.float().sum().backward()
         assert all(p.grad is not None for p in partial.parameters()), "no gradient"
