@@ -403,7 +403,7 @@ class Case:
     def check_detach(self) -> None:
         tokenizer = zoo.tokenizer_of(self.size)
         model = self.build()
-        zoo.run(model, self.old_ids)  # a forward of some leaves attributes behind
+        output(model, self.old_ids)  # a forward of some leaves attributes behind
         state, tensors = state_of(model, tokenizer), tensors_of(model)
         partial = self.add(model, tokenizer)
         model.requires_grad_(False)
