@@ -87,11 +87,12 @@ def plan_growth(model: Any, size: int) -> Resizing:
         except _DifferentVocabularies:
             raise
         except Exception as error:  # noqa: BLE001  # a stranger's constructor may raise anything
-            reasons.append(f"{type(error).__name__}: {error}")
+            kind = "" if isinstance(error, PartialEmbeddingError) else f"{type(error).__name__}: "
+            reasons.append(f"{kind}{error}".rstrip("."))
     raise PartialEmbeddingError(
-        f"{type(model).__name__} cannot grow its vocabulary to {size} rows. Building it from its configuration with a "
-        f"larger vocabulary: {reasons[0]} Its own resize_token_embeddings: {reasons[1]} Pass the part of the model "
-        "that has the token embeddings, if there is one."
+        f"{type(model).__name__} cannot grow its vocabulary to {size} rows. Built from its configuration: "
+        f"{reasons[0]}. By its own resize_token_embeddings: {reasons[1]}. Pass the part of the model that has the "
+        "token embeddings, if there is one."
     )
 
 
@@ -224,7 +225,8 @@ def _vocabulary_fields(
         chosen = {path: candidates[path] for path in _text_tables(tables, live)}
     if not chosen:
         raise PartialEmbeddingError(
-            f"no entry of its configuration makes the token embeddings grow; tried {['.'.join(p) for p in candidates]}"
+            "no entry of it makes token embeddings grow; tried "
+            f"{['.'.join(path) for path in candidates] or 'none, since none is called a vocabulary'}"
             f"{', where ' + '; '.join(refused) if refused else ''}."
         )
     for path in list(chosen):  # a number of further rows of the same table (Molmo2) stays what it is
