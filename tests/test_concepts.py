@@ -68,7 +68,7 @@ def test_expansion_taken_off_leaves_the_tokenizer_as_it_was(tokenizer):
 
 def test_each_vector_gets_its_own_gradient(tokenizer):
     model = build_model("llama", len(tokenizer)).requires_grad_(False)
-    partial = add_tokens(model, tokenizer, {token: "a name" for token in CAT})
+    partial = add_tokens(model, tokenizer, dict.fromkeys(CAT, "a name"))
     expand_placeholders(tokenizer, CAT)
     ids = torch.tensor([tokenizer("The <cat> story")["input_ids"]])
     model(input_ids=ids, labels=ids).loss.backward()

@@ -171,7 +171,7 @@ def test_negative_ids_that_peft_takes_are_refused(tmp_path):
 def test_what_an_adapter_cannot_hold_is_refused(tmp_path):
     tokenizer, model = bpe_tokenizer(), build_model("phi", 300, tied=False)  # a head with a bias
     partial = add_tokens(model, tokenizer, TOKENS)
-    with pytest.raises(PartialEmbeddingError, match="'output_bias'.* would be lost"):
+    with pytest.raises(PartialEmbeddingError, match=r"'output_bias'.* would be lost"):
         write_peft(partial.token_rows(), tmp_path / "a", model, tokenizer)
     rows = TokenRows(tokens=TOKENS, input_rows=torch.ones(3, 16))
     untied, other = build_model("llama", 300, tied=False), bpe_tokenizer()

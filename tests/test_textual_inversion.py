@@ -41,7 +41,7 @@ def trained(num_vectors, width=16, seed=0):
     """An encoder that has learned a concept, by a step of training."""
     model, tokenizer = clip_encoder(width, seed), clip_tokenizer()
     tokens = vector_tokens("<cat>", num_vectors)
-    partial = add_tokens(model, tokenizer, {token: "a cat" for token in tokens})
+    partial = add_tokens(model, tokenizer, dict.fromkeys(tokens, "a cat"))
     if num_vectors > 1:
         expand_placeholders(tokenizer, tokens)
     optimizer = torch.optim.AdamW(partial.param_groups(lr=0.1))
@@ -98,7 +98,7 @@ def test_two_encoders_each_get_their_rows(tmp_path):
     for encoder, rows in parts.items():
         again = read_textual_inversion(path, token="<cat>", encoder=encoder)
         assert again.tokens == ["<cat>_0", "<cat>_1"] and torch.equal(again.input_rows, rows.input_rows)
-    with pytest.raises(PartialEmbeddingError, match="text encoders clip_l and clip_g. Say which"):
+    with pytest.raises(PartialEmbeddingError, match=r"text encoders clip_l and clip_g. Say which"):
         read_textual_inversion(path, token="<cat>")
     with pytest.raises(PartialEmbeddingError, match="does not say which token"):
         read_textual_inversion(path, encoder="clip_g")
@@ -161,7 +161,7 @@ def test_other_files_are_errors(tmp_path, tensors, message):
 
 def test_one_concept_is_written_and_nothing_is_lost_silently(tmp_path):
     rows = TokenRows(tokens=["<a>", "<b>_0", "<b>_1"], input_rows=torch.arange(6.0).reshape(3, 2))
-    with pytest.raises(PartialEmbeddingError, match="these rows have '<a>', '<b>'. Say which"):
+    with pytest.raises(PartialEmbeddingError, match=r"these rows have '<a>', '<b>'. Say which"):
         write_textual_inversion(rows, tmp_path)
     with pytest.raises(PartialEmbeddingError, match="no concept '<c>'"):
         write_textual_inversion(rows, tmp_path, token="<c>")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +217,8 @@ def _token_ids(config: dict[str, Any], module: str, rows: Tensor, adapter: objec
     if not isinstance(given, list) or rows.dim() != 2 or len(given) != len(rows):
         size = len(given) if isinstance(given, list) else 0
         raise PartialEmbeddingError(
-            f"The adapter {adapter!r} has {tuple(rows.shape)} numbers for {module}, but {size} token indices in its config. "
-            "It is damaged."
+            f"The adapter {adapter!r} has {tuple(rows.shape)} numbers for {module}, but {size} token indices in its "
+            "config. It is damaged."
         )
     return check_ids(given, 1 << 31)
 
@@ -258,14 +257,12 @@ def _module_names(model: Any, layout: VocabularyLayout) -> dict[str, str]:
 
 def _check_representable(rows: TokenRows, model: Any, layout: VocabularyLayout) -> None:
     here = type(model).__name__
-    beyond: Iterable[str] = sorted(
-        name for name in rows.tensors() if name == "output_bias" or name.startswith("extra.")
-    )
+    beyond = sorted(name for name in rows.tensors() if name == "output_bias" or name.startswith("extra."))
     if beyond or layout.table("bias") is not None or layout.table("extra") is not None:
         raise PartialEmbeddingError(
             f"A PEFT TrainableTokens adapter holds rows of the input embeddings and of a head without a bias; {here} "
-            f"and these rows have more ({shorten(list(beyond) or [t.name for t in layout.tables[1:]])}), which would be lost. Use "
-            "rows.save_pretrained, or publish the merged model."
+            f"and these rows have more ({shorten(beyond or [table.name for table in layout.tables[1:]])}), which "
+            "would be lost. Use rows.save_pretrained, or publish the merged model."
         )
     says_tied = bool(model.config.get_text_config().tie_word_embeddings)
     if layout.has_head and says_tied != layout.tied:

@@ -66,7 +66,7 @@ def read_textual_inversion(
             raise PartialEmbeddingError(
                 f"{path} has vectors for {shorten(list(named))}; token={token!r} can only stand for one."
             )
-        named = {token: vectors for vectors in named.values()}
+        named = {token: next(iter(named.values()))}
     tokens: list[str] = []
     rows: list[Tensor] = []
     for name, vectors in named.items():
@@ -160,13 +160,14 @@ def _vectors(rows: TokenRows, token: str | None) -> tuple[str, Tensor]:
     beyond = sorted(set(rows.tensors()) - {"input_rows"})
     if beyond:
         raise PartialEmbeddingError(
-            f"A textual-inversion file has no place for {shorten(beyond)}: it is for text encoders, which have no head."
+            f"A textual-inversion file has no place for {shorten(beyond)}: it is for text encoders, which have no "
+            "head."
         )
     concepts = concepts_of(rows.tokens)
     if token is None and len(concepts) != 1:
         raise PartialEmbeddingError(
-            f"A textual-inversion file holds one concept, and these rows have {shorten(list(concepts)) or 'no tokens'}. "
-            "Say which: token=..., one file each."
+            f"A textual-inversion file holds one concept, and these rows have "
+            f"{shorten(list(concepts)) or 'no tokens'}. Say which: token=..., one file each."
         )
     name = next(iter(concepts)) if token is None else token
     if name not in concepts:
