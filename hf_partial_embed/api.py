@@ -117,7 +117,7 @@ def train_tokens(
         ids = check_ids(values, min(table.size for table in layout.tables))
         if tokenizer is not None:
             texts = existing_tokens(tokenizer, ids)
-    rows = {table.name: table.rows(ids) for table in layout.tables if table.role != "inert"}
+    rows = {table.name: table.rows(ids) for table in layout.tables if table.has_rows}
     return attach_rows(
         model, tokenizer, layout, tokens=texts, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype
     )

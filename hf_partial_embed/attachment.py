@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from .digest import row_digests
 from .errors import FrozenRowsChangedError, PartialEmbeddingError, shorten
-from .layout import REGISTRY, Growth, Table, VocabularyLayout, find_layout
+from .growth import Growth
+from .layout import Table, VocabularyLayout, find_layout
 from .mask import MaskHandle
 from .rows import ForwardScope, PartialModule
+from .skeleton import REGISTRY
 from .split import split_module, unsplit_module
 from .vocabulary import add_to_tokenizer, known_id, remove_from_tokenizer
 
@@ -105,8 +107,7 @@ class Attachment:
         self._check_free()
         self._do(_Grow(layout))
         for table in layout.tables:
-            if table.name in self.rows:
-                self._do(_WriteRows(table, self.ids, self.rows[table.name]))
+            self._write_rows(table)
         for table in layout.tables:
             if table.is_parameter:
                 for module, attribute in table.holders:
@@ -121,6 +122,23 @@ class Attachment:
         self._digests = {table.name: row_digests(table.tensor, table.dim) for table in self.trained}
         self._do(_Set(self.model, REGISTRY, [*attachments_of(self.model), self]))
 
+    def _write_rows(self, table: Table) -> None:
+        """Write the rows into a table that has been grown for them."""
+        rows = self.rows.get(table.name)
+        if table.role == "lookup" and rows is not None:  # what stands there is the model's, token or not
+            new = [row for row, token_id in enumerate(self.ids) if token_id >= table.size]
+            if new:
+                self._do(_WriteRows(table, [self.ids[row] for row in new], rows[new]))
+        elif rows is not None:
+            self._do(_WriteRows(table, self.ids, rows))
+        # Ids without a token, between the old rows and the new ones: zeros would be large logits in a model
+        # whose logits are mostly negative.
+        between = sorted({*range(table.size, table.grown_size - table.tail)} - set(self.ids))
+        if between and table.has_rows:
+            old = table.tensor.detach().narrow(table.dim, 0, table.size)
+            mean = old.mean(table.dim, dtype=torch.promote_types(old.dtype, torch.float32))
+            self._do(_WriteRows(table, between, mean.expand(len(between), *mean.shape)))
+
     def _give_ids(self) -> list[int]:
         if self.fixed_ids is not None:
             return self.fixed_ids
@@ -134,9 +152,7 @@ class Attachment:
         return [token_id for text in texts if (token_id := ids[text]) is not None]
 
     def _trains(self, table: Table) -> bool:
-        if table.role == "inert":
-            return False
-        return self.output is not False or table.role in ("input", "extra")
+        return table.has_rows and (self.output is not False or table.role in ("input", "extra"))
 
     def _check_free(self) -> None:
         for other in attachments_of(self.model):

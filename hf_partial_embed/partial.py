@@ -482,13 +482,15 @@ class TokenRows:
         unused = sorted(values.keys() - row_keys(layout).keys())
         if unused:
             logger.warning("%s has no tables for these rows, which are left out: %s.", here, unused)
+        lookups = [table for table in layout.tables if table.role == "lookup"]
         if missing and self.tokens:
             logger.warning(
                 "The rows have no values for %s of %s; they start at the mean of their pieces.",
                 [table.name for table in missing],
                 here,
             )
-            some = VocabularyLayout(missing)
+        if (missing or lookups) and self.tokens:
+            some = VocabularyLayout([*missing, *lookups])
             rows.update(initial_values(model, tokenizer, some, added, None, "subtoken_mean", 0))
         return rows
 

@@ -71,9 +71,11 @@ def initial_values(
     all_pieces = encode_all(tokenizer, sources)
     rows = {}
     for table in layout.tables:
-        if table.role == "inert":
-            continue
         old = table.tensor.detach().movedim(table.dim, 0)
+        if table.role == "lookup":  # integers have no mean: the first piece's are the token's
+            rows[table.name] = old[[next((p for p in ids if p < len(old)), 0) for ids in all_pieces]]
+        if not table.has_rows:
+            continue
         padding = getattr(table.holders[0][0], "padding_idx", None)
         padding = tokenizer.pad_token_id if padding is None else padding
         pieces = [[piece for piece in ids if piece < len(old) and piece != padding] for ids in all_pieces]
@@ -158,7 +160,7 @@ def row_keys(layout: VocabularyLayout) -> dict[str, Table]:
     names = {"input": "input_rows", "output": "output_rows", "bias": "output_bias"}
     keys: dict[str, Table] = {}
     for table in layout.tables:
-        if table.role != "inert":
+        if table.has_rows:
             key = names.get(table.role)
             keys[f"extra.{table.name}" if key is None or key in keys else key] = table
     return keys

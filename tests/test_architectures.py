@@ -48,7 +48,19 @@ FAST = [
 ]  # fmt: skip
 
 # What does not hold, and why: transformers' own limit, or ours. By class and check.
-EXPLAINED: dict[tuple[str, str], str] = {}
+_TDT = "its head's last outputs, for durations, come behind the tokens', so they move when there are more tokens"
+EXPLAINED: dict[tuple[str, str], str] = {
+    ("ParakeetForTDT", check): _TDT for check in ("old_logits_float32", "old_logits_bfloat16", "train", "two_sets")
+}
+
+# Tables of the vocabulary that get no gradient in these models, and why.
+NO_GRADIENT = {
+    # Finds where patches end, and runs without gradients.
+    "BltForCausalLM": "model.patcher.",
+    "BltModel": "patcher.",
+    # Heads that run only with labels for masked texts and images, which are not given here.
+    "FlavaForPreTraining": "m",
+}
 
 
 class Skip(Exception):
@@ -82,15 +94,21 @@ def ties(model: Any) -> list[list[str]]:
     return sorted(sorted(names) for names in groups.values() if len(names) > 1)
 
 
+def is_plain(value: Any) -> bool:
+    """Whether a value can be compared with `==`."""
+    if isinstance(value, (tuple, list)):
+        return all(is_plain(item) for item in value)
+    return isinstance(value, (int, str, bool, float, type(None)))
+
+
 def state_of(model: Any, tokenizer: Any) -> dict[str, Any]:
     """Everything that must come back after `detach`."""
-    plain = (int, str, bool, float, type(None), tuple, list)
     return {
         "flags": {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)},
         "identities": {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)},
         "types": {name: type(module) for name, module in model.named_modules(remove_duplicate=False)},
         "attributes": {
-            name: {key: copy.deepcopy(value) for key, value in vars(module).items() if isinstance(value, plain)}
+            name: {key: copy.deepcopy(value) for key, value in vars(module).items() if is_plain(value)}
             for name, module in model.named_modules()
         },
         "keys": {name: sorted(vars(module)) for name, module in model.named_modules()},
@@ -157,6 +175,12 @@ class Case:
         except Exception:  # noqa: BLE001  # a forward of some leaves tensors behind that cannot be copied
             return zoo.build(self.name, self.tied, dtype)
 
+    def tail(self) -> int:
+        """Number of rows behind the vocabulary."""
+        configs = {id(config): config for m in self.model.modules() if (config := getattr(m, "config", None))}
+        sizes = [v for config in configs.values() for k, v in vars(config).items() if k.endswith("vocab_size")]
+        return self.size - max((v for v in sizes if type(v) is int and v <= self.size), default=self.size)
+
     def ids(self, partial: Any) -> torch.Tensor:
         new = torch.tensor(partial.token_ids)
         ids = self.old_ids.clone()
@@ -174,12 +198,16 @@ class Case:
         for _ in range(steps):
             loss, _ = zoo.run(model, self.ids(partial))
             loss.backward()
-            without = [p for p in trainable if p.grad is None or not p.grad.any()]
-            shapes = [tuple(p.shape) for p in without]
-            names = [n for n, p in model.named_parameters() if any(p is q for q in without)]
-            assert not without, f"no gradient for {names} {shapes}"
+            without = self.without_gradient(model, partial)
+            assert not without, f"no gradient for {without}"
             optimizer.step()
             optimizer.zero_grad()
+
+    def without_gradient(self, model: Any, partial: Any) -> list[str]:
+        """Names of what should train and got no gradient."""
+        ids = {id(p) for p in partial.parameters() if p.grad is None or not p.grad.any()}
+        excused = NO_GRADIENT.get(self.name, "-")
+        return [name for name, p in model.named_parameters() if id(p) in ids and not name.startswith(excused)]
 
     def trained(self) -> tuple[Any, Any, Any]:
         if self._trained is None:
@@ -277,6 +305,8 @@ class Case:
                 wrong.append(name)
         assert not wrong, f"moved: {wrong}"
         for name, rows in partial.token_rows().tensors().items():
+            if self.name in NO_GRADIENT and name != "input_rows":
+                continue
             still = [i for i, (a, b) in enumerate(zip(rows, start[name], strict=True)) if torch.equal(a, b)]
             assert not still, f"rows {still} of {name} did not move"
 
@@ -294,8 +324,8 @@ class Case:
         if ties(plain) == expected:  # else transformers itself loses the tie
             assert ties(loaded) == expected, f"ties {expected} became {ties(loaded)}"
         rows = zoo.rows_of(loaded)
-        assert rows == self.size + len(TOKENS), f"{rows} rows"
         text = self.model.config.get_text_config()
+        assert rows == self.size + len(TOKENS) + self.tail(), f"{rows} rows"
         if getattr(text, "vocab_size", None) == self.size:
             now = loaded.config.get_text_config().vocab_size
             assert now == rows, f"config.vocab_size is {now} for {rows} rows"
@@ -353,7 +383,7 @@ class Case:
             for partial in sets:
                 loss, _ = zoo.run(model, self.ids(partial))
                 loss.backward()
-                assert all(p.grad is not None and p.grad.any() for p in partial.parameters()), "a set has no gradient"
+                assert not self.without_gradient(model, partial), "a set has no gradient"
                 model.zero_grad()
             ids = self.ids(sets[order[1]])
             expected = output(model, ids)
@@ -373,6 +403,8 @@ class Case:
         size = self.size - 5
         tokenizer = zoo.tokenizer_of(size)
         model = self.build().requires_grad_(False)
+        if self.tail():
+            raise Skip("its last rows are behind the vocabulary, which grows before them")
         before = tensors_of(model)
         partial = self.add(model, tokenizer)
         assert partial.token_ids == list(range(size, size + len(TOKENS)))

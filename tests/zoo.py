@@ -120,10 +120,13 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "deepseek_v2": {"n_routed_experts": 4, "num_experts_per_tok": 2, "topk_method": "greedy"},
+    "dia_decoder": {"vocab_size": 29},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "emu3": {"vocabulary_map": {"<image>": 10}},
     "ernie4_5_vl_moe_text": {"moe_num_experts": 4},
     "esm": {"vocab_size": VOCAB, "pad_token_id": 1, "mask_token_id": 4},
+    "flava_image_codebook": {"vocab_size": 29},
+    "flava_image_model": {"vocab_size": 29},
     "florence_vision": {
         "embed_dim": (8, 8, 8, 8), "num_heads": (1, 1, 1, 1), "num_groups": (1, 1, 1, 1), "depths": (1, 1, 1, 1),
         "projection_dim": 32,
@@ -338,12 +341,12 @@ def text_table(model: Any) -> torch.Tensor:
     """
     try:
         weight = model.get_input_embeddings().weight
-        if isinstance(weight, torch.Tensor) and weight.dim() == 2 and VOCAB <= weight.shape[0] <= VOCAB + 2000:
+        if isinstance(weight, torch.Tensor) and weight.dim() == 2 and VOCAB <= weight.shape[0] <= VOCAB + 3000:
             return weight
     except (AttributeError, NotImplementedError, TypeError):
         pass
     for module in model.modules():
-        if isinstance(module, nn.Embedding) and module.num_embeddings == VOCAB:
+        if isinstance(module, nn.Embedding) and VOCAB <= module.num_embeddings <= VOCAB + 3:
             return module._parameters["weight"]
     raise NotInZoo("no table of text embeddings")
 
@@ -353,13 +356,17 @@ def rows_of(model: Any) -> int:
     return text_table(model).shape[0]
 
 
-def head_is_tied(model: Any) -> bool | None:
-    """Whether the head has the input embeddings' weight; `None` where there is no head."""
+def head_of(model: Any) -> Any:
+    """What `get_output_embeddings` gives; `None` where it gives nothing or raises."""
     try:
-        head = model.get_output_embeddings()
+        return model.get_output_embeddings()
     except Exception:  # noqa: BLE001
         return None
-    weight = getattr(head, "weight", None)
+
+
+def head_is_tied(model: Any) -> bool | None:
+    """Whether the head has the input embeddings' weight; `None` where there is no head."""
+    weight = getattr(head_of(model), "weight", None)
     if weight is None:
         return None
     return weight is text_table(model)
@@ -472,6 +479,7 @@ def _recipe(model: Any) -> dict[str, Any]:
         raise NotInZoo("its forward takes no token ids")
     variants = [texts] if len(texts) == 1 else [texts, texts[:1], texts[1:]]
     reasons = []
+    second_best: dict[str, Any] | None = None
     weight = text_table(model)
     was = weight.requires_grad
     weight.requires_grad_(True)
@@ -500,9 +508,18 @@ def _recipe(model: Any) -> dict[str, Any]:
                         reasons.append("its input embeddings get no gradient")
                         continue
                     _RECIPES[key] = recipe
-                    return recipe
+                    if gradient[ids[:, :-1]].any(-1).all():
+                        return recipe
+                    # Some read the state of the end token, and then nothing behind it.
+                    end = True
+                    if gradient[ids[:, 1:]].any():
+                        second_best = second_best or recipe
+                    reasons.append("it reads nothing but the first token of so short a text")
     finally:
         weight.requires_grad_(was)
+    if second_best is not None:
+        _RECIPES[key] = second_best
+        return second_best
     raise NotInZoo(f"does not run over token ids: {reasons[0]}; {reasons[-1]}")
 
 
