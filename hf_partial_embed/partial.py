@@ -111,6 +111,8 @@ class PartialEmbedding:
     def token_rows(self) -> TokenRows:
         """The rows as they are now: detached copies on the CPU."""
         attachment = self._attachment
+        if attachment.attached:
+            self._require_attached("read the rows")
         assert attachment.layout is not None
         keys = row_keys(attachment.layout)
         return TokenRows.from_tensors(
@@ -227,6 +229,12 @@ class PartialEmbedding:
             raise PartialEmbeddingError(
                 f"Cannot {action}: these rows are not on a model any more (merged or detached). Attach them again "
                 "with TokenRows.attach."
+            )
+        if self._attachment.offloaded:
+            raise PartialEmbeddingError(
+                f"Cannot {action}: accelerate has offloaded the rows, which are on the meta device until they are used. "
+                "An offloaded model can only be run. Train, save and merge rows before cpu_offload, disk_offload or "
+                "dispatch_model."
             )
 
     def __repr__(self) -> str:
