@@ -232,8 +232,8 @@ class PartialEmbedding:
             )
         if self._attachment.offloaded:
             raise PartialEmbeddingError(
-                f"Cannot {action}: accelerate has offloaded the rows, which are on the meta device until they are used. "
-                "An offloaded model can only be run. Train, save and merge rows before cpu_offload, disk_offload or "
+                f"Cannot {action}: accelerate has offloaded the rows, which are on the meta device until they are "
+                "used. An offloaded model can only be run. Train, save and merge rows before cpu_offload, disk_offload or "
                 "dispatch_model."
             )
 

@@ -102,7 +102,7 @@ def test_sft_trains_rows_and_moves_nothing_else(tmp_path, tied, lora, more):
 
 
 def test_labels_can_be_smoothed_which_takes_the_models_own_logits(tmp_path):
-    trainer, model, partial = sft(tmp_path, "llama", False, label_smoothing_factor=0.1)
+    trainer, _, partial = sft(tmp_path, "llama", False, label_smoothing_factor=0.1)
     start = partial.token_rows()
     trainer.train()
     assert not torch.isclose(partial.token_rows().output_rows, start.output_rows).all()
