@@ -37,7 +37,9 @@ def load_minilm() -> SentenceTransformer:
 def accuracy(model: SentenceTransformer, questions: list[str], answers: list[str]) -> float:
     """How often the answer with the largest cosine is the right one."""
     with torch.no_grad():
-        vectors = [model.encode(texts, convert_to_tensor=True, normalize_embeddings=True) for texts in (questions, answers)]
+        vectors = [
+            model.encode(texts, convert_to_tensor=True, normalize_embeddings=True) for texts in (questions, answers)
+        ]
     return (vectors[0] @ vectors[1].T).argmax(1).eq(torch.arange(len(questions))).double().mean().item()
 
 
@@ -52,9 +54,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     model.max_seq_length = 64
     tokenizer = model.tokenizer
     chosen = [
-        element
-        for element in read_elements()
-        if element.description and len(tokenizer.tokenize(element.name)) > 1
+        element for element in read_elements() if element.description and len(tokenizer.tokenize(element.name)) > 1
     ][: options.elements]
     names = [element.name for element in chosen]
 

@@ -20,7 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from _assets import load_smollm2
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from hf_partial_embed import PartialEmbeddingCallback, add_tokens
@@ -43,7 +43,7 @@ def conversation(a: int, b: int) -> list[dict[str, str]]:
     ]
 
 
-def answer(model, tokenizer, question: str, length: int = 24) -> str:
+def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str, length: int = 24) -> str:
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
@@ -82,7 +82,8 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
     plain = AutoModelForCausalLM.from_pretrained(options.out / "merged", dtype=torch.float32)
     after = answer(plain, AutoTokenizer.from_pretrained(options.out / "merged"), question)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} by training {sum(p.numel() for p in partial.parameters()):,} numbers")
+    trained = sum(rows.numel() for rows in partial.parameters())
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} by training {trained:,} numbers")
     print(f"{question} {before}")
     print(f"the merged checkpoint answers {'the same' if before == after else after!r}")
     return {"losses": losses, "answer": before, "same": before == after}
