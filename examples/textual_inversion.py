@@ -45,7 +45,8 @@ def learn(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, steps: int) -> Token
     partial = add_tokens(encoder, tokenizer, dict.fromkeys(tokens, "cat"))
     expand_placeholders(tokenizer, tokens)  # whoever writes <cat> gets all three
     ids = torch.tensor([tokenizer(f"a photo of {PLACEHOLDER}")["input_ids"]])
-    goal = encoder(input_ids=torch.tensor([tokenizer("a photo of a grey toy")["input_ids"]])).pooler_output
+    with torch.no_grad():
+        goal = encoder(input_ids=torch.tensor([tokenizer("a photo of a grey toy")["input_ids"]])).pooler_output
     optimizer = torch.optim.AdamW(partial.param_groups(lr=1e-2))
     for step in range(steps):
         loss = (encoder(input_ids=ids).pooler_output - goal).pow(2).mean()

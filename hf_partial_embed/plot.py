@@ -90,7 +90,7 @@ def _draw_curves(axes: Any, log_history: Sequence[Mapping[str, Any]]) -> None:
     if leak:
         right = axes.twinx()
         drawn += right.plot(*zip(*leak, strict=True), label="leak (right)", color="tab:red", linestyle=":")
-        right.set_ylabel("probability on new tokens where they don't belong")
+        right.set_ylabel("probability on new tokens elsewhere", fontsize=8)
         right.set_ylim(bottom=0)
     axes.legend(drawn, [line.get_label() for line in drawn], loc="upper right")
 
@@ -116,7 +116,7 @@ def _draw_neighbours(axes: Any, names: list[str], lines: list[list[tuple[str, fl
             0.0, row, _drawable(name), va="center", fontsize=9, fontweight="bold", parse_math=False, clip_on=True
         )
         text = "   ".join(f"{_drawable(near)} {cosine:.2f}" for near, cosine in line)
-        axes.text(0.34, row, text, va="center", fontsize=9, parse_math=False)
+        axes.text(0.3, row, text, va="center", fontsize=9, parse_math=False)
     if more > 0:
         axes.text(0.0, len(names), f"and {more} more", va="center", fontsize=9, color="gray")
 
