@@ -24,6 +24,7 @@ from .mask import MaskHandle
 from .rows import ForwardScope, PartialModule
 from .skeleton import REGISTRY
 from .split import split_module, unsplit_module
+from .storage import PlainTables
 from .vocabulary import add_to_tokenizer, known_id, remove_from_tokenizer
 
 __all__ = ["Attachment", "attachments_of"]
@@ -110,6 +111,7 @@ class Attachment:
         self.layout = layout
         self.trained = [table for table in layout.tables if self._trains(table)]
         self._check_free()
+        self._do(_MakePlain(self.model, layout))
         self._do(_Grow(layout))
         for table in layout.tables:
             self._write_rows(table)
@@ -319,6 +321,23 @@ class _AddTokens:
         if self.ids:
             remove_from_tokenizer(self.tokenizer, [token.content for token in self.tokens])
             self.ids = []
+
+
+class _MakePlain:
+    lasts = True
+
+    def __init__(self, model: Any, layout: VocabularyLayout) -> None:
+        self.model, self.layout, self.tables = model, layout, None
+
+    tables: PlainTables | None
+
+    def do(self) -> None:
+        self.tables = PlainTables(self.model, [table.holders for table in self.layout.tables])
+
+    def undo(self) -> None:
+        if self.tables is not None:
+            self.tables.undo()
+            self.tables = None
 
 
 class _Grow:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import PartialEmbeddingError
-from .skeleton import input_weight, named_counts, named_tensors, plan_growth, try_call
+from .skeleton import input_weight, named_counts, named_tensors, plan_growth, try_call, unread_tables
+from .storage import is_quantized, offloaded_value, plain_value, tensor_of
 
 __all__ = ["Table", "VocabularyLayout", "find_layout"]
 
@@ -48,8 +49,11 @@ class Table:
     @property
     def tensor(self) -> Any:
         """The parameter or buffer itself."""
-        module, attribute = self.holders[0]
-        return {**module._buffers, **module._parameters}[attribute]
+        return tensor_of(*self.holders[0])
+
+    def holds(self, tensor: Any) -> bool:
+        """Whether one of its holders has this very tensor."""
+        return any(tensor is tensor_of(*holder) for holder in self.holders)
 
     @property
     def has_rows(self) -> bool:
@@ -62,11 +66,15 @@ class Table:
         module, attribute = self.holders[0]
         return attribute in module._parameters
 
+    def values(self) -> Tensor:
+        """The table as an ordinary tensor, not to be changed; computed, where it is quantised or offloaded."""
+        return plain_value(*self.holders[0])
+
     def rows(self, ids: list[int]) -> Tensor:
         """Copies of rows, `[K, ...]`."""
-        index = torch.tensor(ids, device=self.tensor.device, dtype=torch.int64)
-        rows: Tensor = self.tensor.detach().index_select(self.dim, index).movedim(self.dim, 0)
-        return rows
+        values = self.values()
+        index = torch.tensor(ids, device=values.device, dtype=torch.int64)
+        return values.index_select(self.dim, index).movedim(self.dim, 0)
 
 
 @dataclass(eq=False)
@@ -106,18 +114,25 @@ def find_layout(model: nn.Module, size: int | None = None) -> VocabularyLayout:
     """
     resizing = plan_growth(model, size or 0)
     live = dict(named_tensors(model))
+    keys = _keys(model, live)
+    names: dict[int, list[str]] = {}
+    for name in live:
+        names.setdefault(keys[name], []).append(name)
     tables: dict[int, Table] = {}
     for name, (dim, old, new) in resizing.tensors.items():
-        if name not in live:
-            continue
-        module, attribute = live[name]
-        tensor = {**module._buffers, **module._parameters}[attribute]
-        if id(tensor) not in tables:
-            holders = [(m, a) for m, a in _distinct(live.values()) if {**m._buffers, **m._parameters}[a] is tensor]
-            tail = resizing.tails.get(name, 0)
-            tables[id(tensor)] = Table(name, holders, dim, role="", size=old, grown_size=new, tail=tail)
+        if name in live and keys[name] not in tables:
+            holders = {(id(live[other][0]), live[other][1]): live[other] for other in names[keys[name]]}
+            tables[keys[name]] = Table(
+                name,
+                list(holders.values()),
+                dim,
+                role="",
+                size=old,
+                grown_size=new,
+                tail=resizing.tails.get(name, 0),
+            )
     found = list(tables.values())
-    head = _give_roles(model, found)
+    head = _give_roles(model, {table: names[keys[table.name]] for table in found})
     found.sort(key=lambda table: _ROLES.index(table.role))
     if not found or found[0].role != "input":
         raise PartialEmbeddingError(
@@ -139,76 +154,61 @@ def find_layout(model: nn.Module, size: int | None = None) -> VocabularyLayout:
                     counts.append((module, attribute, table.grown_size))
     rows = [table.grown_size - table.tail for table in found if table.role in ("input", "output")]
     return VocabularyLayout(
-        tables=found,
-        counts=counts,
-        tied=head is not None and head is found[0].tensor,
-        has_head=any(head is table.tensor for table in found),
-        reach=min(rows),
+        tables=found, counts=counts, tied=head is found[0], has_head=head is not None, reach=min(rows)
     )
+
+
+def _keys(model: Any, live: dict[str, tuple[nn.Module, str]]) -> dict[str, int]:
+    """What tells of each parameter and buffer, by its name, whether it is the same as another.
+
+    That is its identity. Where accelerate keeps the values, each module has an empty one of its own, and
+    the model's list says which are tied.
+    """
+    tensors = {name: tensor_of(*holder) for name, holder in live.items()}
+    keys = {name: id(tensor) for name, tensor in tensors.items()}
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if target in tensors and source in tensors and all(tensors[name].is_meta for name in (target, source)):
+            keys[target] = keys[source]
+    return keys
 
 
 _ROLES = ["input", "output", "extra", "bias", "lookup", "inert"]
 
 
-def _give_roles(model: Any, tables: list[Table]) -> Any:
-    """Say of each table what it is for; returns the weight of the head over the vocabulary, if there is one."""
+def _give_roles(model: Any, tables: dict[Table, list[str]]) -> Table | None:
+    """Say of each table, which come with their names, what it is for; returns the head's, if there is one."""
+    vectors = [table for table in tables if table.is_parameter and table.tensor.dim() > 1]
+    embeddings = [table for table in vectors if not _is_linear(table)]
+    unread: set[str] = set()
+    if len(embeddings) > 1:
+        # An untied encoder-decoder may have, beside those of its parts, a table that only a tied one reads.
+        unread = unread_tables(model, [name for table in embeddings for name in tables[table]])
+        embeddings = [table for table in embeddings if not unread.issuperset(tables[table])]
+    inputs = [input_weight(part) for part in (model, try_call(model, "get_encoder")) if part is not None]
+    named = [table for weight in inputs for table in embeddings if table.holds(weight)]
+    input_table = next(iter([*named, *embeddings]), None)
     head = try_call(model, "get_output_embeddings")
     weight = getattr(head, "_parameters", {}).get("weight")
-    embeddings = input_weight(model)
-    unread = _unread_tables(model, tables)
-    vectors = [table for table in tables if table.is_parameter and table.tensor.dim() > 1 and table not in unread]
-    if any(table.tensor is embeddings for table in unread):
-        embeddings = input_weight(model.get_encoder())
-    elif not any(table.tensor is embeddings for table in vectors):
-        embeddings = next((table.tensor for table in vectors if not _is_linear(table)), None)
-    if not any(table.tensor is weight for table in vectors):
-        weight = next((table.tensor for table in vectors if _is_linear(table)), None)
+    head_table = next((table for table in vectors if table.holds(weight)), None)
+    if head_table is None:  # a model that does not say which its head is
+        head_table = next((table for table in vectors if _is_linear(table)), None)
     for table in tables:
         module, attribute = table.holders[0]
         if not table.is_parameter:
             table.role = "inert" if table.tensor.is_floating_point() or table.tensor.dim() < 2 else "lookup"
-        elif table.tensor is embeddings:
+        elif table is input_table:
             table.role = "input"
-        elif _is_unread_bias(module, attribute, head) or table in unread:
+        elif _is_unread_bias(module, attribute, head) or unread.issuperset(tables[table]):
             table.role = "inert"
         elif table.tensor.dim() == 1:
             table.role = "bias"
         else:
-            table.role = "output" if table.tensor is weight else "extra"
-    return weight
+            table.role = "output" if table is head_table else "extra"
+    return head_table
 
 
 def _is_linear(table: Table) -> bool:
     return all(isinstance(module, nn.Linear) for module, _ in table.holders)
-
-
-def _unread_tables(model: nn.Module, tables: list[Table]) -> list[Table]:
-    """The table that the parts of a tied encoder-decoder share, in an untied one, whose parts have their own.
-
-    As a trainable parameter without a gradient it would stop distributed training.
-    """
-    encoder = try_call(model, "get_encoder")
-    if not isinstance(encoder, nn.Module) or encoder is model:
-        return []
-    embeddings = [table for table in tables if all(isinstance(module, nn.Embedding) for module, _ in table.holders)]
-    own = next((table for table in embeddings if table.tensor is input_weight(encoder)), None)
-    if own is None:
-        return []
-    return [
-        table
-        for table in embeddings
-        if table is not own and table.tensor.shape == own.tensor.shape and _shares(model, table, encoder)
-    ]
-
-
-def _shares(model: nn.Module, table: Table, encoder: nn.Module) -> bool:
-    """Whether a table stands beside an encoder, where one that it shares would stand."""
-    parents = [module for module in model.modules() if any(child is encoder for child in module.children())]
-    return any(module is child for module, _ in table.holders for parent in parents for child in parent.children())
-
-
-def _distinct(holders: Any) -> list[tuple[nn.Module, str]]:
-    return list({(id(module), attribute): (module, attribute) for module, attribute in holders}.values())
 
 
 def _is_unread_bias(module: nn.Module, attribute: str, head: Any) -> bool:
@@ -225,16 +225,17 @@ def _is_unread_bias(module: nn.Module, attribute: str, head: Any) -> bool:
 
 def _check_storage(model: nn.Module, table: Table) -> None:
     tensor = table.tensor
+    module, attribute = table.holders[0]
     where = f"{type(model).__name__}'s {table.name}"
-    if tensor.is_meta:
+    if tensor.is_meta and offloaded_value(module, attribute) is None:
         raise PartialEmbeddingError(
-            f"{where} has no values here: it is on the meta device (offloaded, or not loaded yet). Add the "
-            "tokens before the model is offloaded."
+            f"{where} has no values here: it is on the meta device, and accelerate has none of it either. Load the "
+            "model's weights before tokens are added."
         )
-    if type(tensor) is not (nn.Parameter if table.is_parameter else Tensor):
+    if type(tensor) is not (nn.Parameter if table.is_parameter else Tensor) and not is_quantized(tensor):
         raise PartialEmbeddingError(
-            f"{where} is a {type(tensor).__name__}, sharded or quantised: rows cannot be added to it. Add the "
-            "tokens before the model is sharded, and leave embeddings and head out of the quantisation."
+            f"{where} is a {type(tensor).__name__}, sharded or of a class that is not known here: rows cannot be "
+            "added to it. Add the tokens before the model is sharded."
         )
     if tensor.numel() == 0:
         raise PartialEmbeddingError(

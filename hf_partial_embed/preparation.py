@@ -71,7 +71,7 @@ def initial_values(
     all_pieces = encode_all(tokenizer, sources)
     rows = {}
     for table in layout.tables:
-        old = table.tensor.detach().movedim(table.dim, 0)
+        old = table.values().movedim(table.dim, 0)
         if table.role == "lookup":  # integers have no mean: the first piece's are the token's
             rows[table.name] = old[[next((p for p in ids if p < len(old)), 0) for ids in all_pieces]]
         if not table.has_rows:

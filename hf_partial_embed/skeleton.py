@@ -23,11 +23,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .errors import PartialEmbeddingError
+from .storage import logical_shape, tensor_of
 
-__all__ = ["REGISTRY", "Resizing", "input_weight", "named_counts", "named_tensors", "plan_growth", "try_call"]
+__all__ = [
+    "REGISTRY",
+    "Resizing",
+    "input_weight",
+    "named_counts",
+    "named_tensors",
+    "plan_growth",
+    "try_call",
+    "unread_tables",
+]
 
 # The attribute of a model under which its row sets are kept; a copy goes without them.
 REGISTRY = "_partial_embeddings"
@@ -99,7 +110,7 @@ def _by_building(model: Any, size: int) -> Resizing:
     before = _shapes(builds.build({}))
     live = dict(named_tensors(root))
     for name, shape in before.items():
-        if name in live and _shape(*live[name]) != shape:
+        if name in live and logical_shape(*live[name]) != shape:
             before[name] = ()  # not what the configuration says; it must not be one of the vocabulary
 
     values = _vocabulary_fields(root, builds, before, live)
@@ -159,8 +170,8 @@ def _vocabulary_fields(
 ) -> dict[_Path, int]:
     """The entries of a configuration that are the size of the text's vocabulary, with their values.
 
-    They are the ones with which the input embeddings, a decoder's or the head grow, and those that say the same of
-    another part of the model: under the same name, with the same value.
+    They are the ones with which the input embeddings, a decoder's or the head grow, and those that say
+    the same of another part of the model.
     """
     weight, head = input_weight(root), getattr(try_call(root, "get_output_embeddings"), "weight", None)
     sizes = {tensor.shape[0] for tensor in (weight, head) if isinstance(tensor, Tensor)}
@@ -176,7 +187,7 @@ def _vocabulary_fields(
     }
     chosen: dict[_Path, int] = {}
     grows: dict[_Path, set[str]] = {}
-    others: dict[_Path, int] = {}
+    others: dict[_Path, set[str]] = {}
     tables: dict[_Path, set[str]] = {}
     refused: list[str] = []
     for path, value in candidates.items():
@@ -184,18 +195,17 @@ def _vocabulary_fields(
             after = _shapes(builds.build({path: value + 1}))
         except Exception as error:  # noqa: BLE001  # some sizes can only change together
             refused.append(f"{'.'.join(path)}: {error}")
-            others[path] = value
+            others[path] = set()
             continue
         all_grown = _grown(before, after)
         grown = {name for name, dim in all_grown.items() if after[name][dim] == before[name][dim] + 1}
-        one_row_each = len(grown) == len(all_grown)  # else it counts codes, of which there are several books
         grows[path] = grown & main
         if grows[path]:
             chosen[path] = value
         # Without input embeddings that are known as such, any table of vectors may be the text's.
         tables[path] = {name for name in grown if len(before[name]) == 2 and not _is_head(live, name)}
-        if path[-1].startswith("vocab_size") and one_row_each:
-            others[path] = value
+        if not all_grown or (path[-1].startswith("vocab_size") and len(grown) == len(all_grown)):
+            others[path] = grown
     if weight is None:
         chosen = {path: candidates[path] for path in _text_tables(tables, live)}
     if not chosen:
@@ -209,7 +219,28 @@ def _vocabulary_fields(
         ):
             del chosen[path]
     same = set(chosen.values())
-    return chosen | {path: value for path, value in others.items() if value in same}
+    return chosen | {
+        path: candidates[path]
+        for path, grown in others.items()
+        if candidates[path] in same and _is_same_vocabulary(builds.config, path, grown, next(iter(chosen)), main)
+    }
+
+
+def _is_same_vocabulary(config: Any, path: _Path, grown: set[str], known: _Path, main: set[str]) -> bool:
+    """Whether an entry that has the value of a known one is meant to have it.
+
+    It is where nothing or a neighbour of a known table grows with it, or where the two are equal in the
+    configuration as it is by default. Else they are equal by chance, as in a small model for tests.
+    """
+    parents = {name.rpartition(".")[0].rpartition(".")[0] for name in main}
+    if all(name.rpartition(".")[0].rpartition(".")[0] in parents for name in grown):
+        return True
+    try:
+        default = type(config)()
+        values = {getattr(_follow(default, place[:-1]), place[-1]) for place in (path, known)}
+    except Exception:  # noqa: BLE001  # not every configuration has a default, nor parts in it
+        return False
+    return len(values) == 1
 
 
 def _text_tables(tables: dict[_Path, set[str]], live: dict[str, tuple[nn.Module, str]]) -> list[_Path]:
@@ -217,7 +248,7 @@ def _text_tables(tables: dict[_Path, set[str]], live: dict[str, tuple[nn.Module,
     found = {path: names for path, names in tables.items() if names}
     if len(found) > 1:
         found = {path: names for path, names in found.items() if any("text" in part for part in path)} or found
-    distinct = {frozenset(id(_tensor(*live[name])) for name in names if name in live) for names in found.values()}
+    distinct = {frozenset(id(tensor_of(*live[name])) for name in names if name in live) for names in found.values()}
     if len(distinct) > 1:
         listed = {".".join(path): sorted(names) for path, names in found.items()}
         raise PartialEmbeddingError(
@@ -269,7 +300,7 @@ def _is_head(live: dict[str, tuple[nn.Module, str]], name: str) -> bool:
 
 
 def _is_one_of(module: nn.Module, attribute: str, tensors: Iterable[Any]) -> bool:
-    tensor = _tensor(module, attribute)
+    tensor = tensor_of(module, attribute)
     return tensor is not None and any(tensor is other for other in tensors)
 
 
@@ -284,6 +315,48 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+def unread_tables(model: Any, names: Iterable[str]) -> set[str]:
+    """Which of several tables of embeddings a forward over token ids does not read, as far as that can be told.
+
+    The forward runs without storage. Some stop where they look at a value; lookups of embeddings come first,
+    so a forward that has read two tables, an encoder's and a decoder's, tells enough.
+
+    Args:
+        model: a model, or a wrapper of one.
+        names: of the tables, all names of each.
+    """
+    root, prefix = _built_part(model)
+    skeleton = _Builds(type(root), root.config).build({}).eval()
+    ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")
+    known = inspect.signature(skeleton.forward).parameters
+    inputs = {name: ids for name in ("input_ids", "decoder_input_ids") if name in known}
+    tables = {prefix + name: id(tensor_of(*holder)) for name, holder in named_tensors(skeleton)}
+    tables = {name: tables[name] for name in names if name in tables}
+    finished = True
+    with _quiet(), torch.no_grad(), _Reads(set(tables.values())) as reads:
+        try:
+            skeleton(**inputs)
+        except Exception:  # noqa: BLE001  # for instance a value that is looked at
+            finished = False
+    if not finished and len(reads.seen) < 2:
+        return set()
+    return {name for name, tensor in tables.items() if tensor not in reads.seen}
+
+
+class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes which of some tensors operators are given."""
+
+    def __init__(self, watched: set[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.watched = watched
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        leaves = tree_leaves((args, kwargs))
+        self.seen |= {id(leaf) for leaf in leaves if isinstance(leaf, Tensor)} & self.watched
+        return func(*args, **(kwargs or {}))
 
 
 # --- the model's own resize_token_embeddings ------------------------------------------------------------
@@ -322,9 +395,8 @@ def _copy_without_storage(model: nn.Module) -> Any:
     """A copy on `meta`: ties, configurations and classes as they are."""
     memo: dict[int, Any] = {}
     for module, attribute in itertools.chain.from_iterable(_members(module) for module in model.modules()):
-        tensor = _tensor(module, attribute)
-        assert tensor is not None
-        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        tensor = tensor_of(module, attribute)
+        empty = torch.empty(logical_shape(module, attribute), dtype=tensor.dtype, device="meta")
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
     for module in model.modules():
@@ -424,17 +496,8 @@ def _members(module: nn.Module) -> list[tuple[nn.Module, str]]:
     return [(module, name) for group in members for name, tensor in group.items() if tensor is not None]
 
 
-def _tensor(module: nn.Module, attribute: str) -> Tensor | None:
-    return {**module._buffers, **module._parameters}[attribute]
-
-
-def _shape(module: nn.Module, attribute: str) -> tuple[int, ...]:
-    tensor = _tensor(module, attribute)
-    return () if tensor is None else tuple(tensor.shape)
-
-
 def _shapes(model: nn.Module) -> Shapes:
-    return {name: _shape(*holder) for name, holder in named_tensors(model)}
+    return {name: logical_shape(*holder) for name, holder in named_tensors(model)}
 
 
 def _grown(before: Shapes, after: Shapes) -> dict[str, int]:
