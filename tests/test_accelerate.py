@@ -120,11 +120,3 @@ def test_offloaded_model_runs_and_says_what_it_cannot_do(tmp_path, tied, where):
         with pytest.raises(PartialEmbeddingError, match="accelerate has offloaded the rows"):
             action()
     assert torch.equal(logits_of(model, IDS), expected)
-
-
-def test_tokens_on_an_offloaded_model_are_refused_with_the_remedy(tied):
-    tokenizer, model = bpe_tokenizer(), build_model("llama", 300, tied=tied)
-    cpu_offload(model, execution_device=torch.device("cpu"))
-    with pytest.raises(PartialEmbeddingError, match="Add the tokens before the model is offloaded"):
-        add_tokens(model, tokenizer, TOKENS)
-    assert len(tokenizer) == 300

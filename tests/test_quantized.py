@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
-from conftest import bpe_tokenizer, build_model, logits_of, run_model
+from conftest import bpe_tokenizer, logits_of, run_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
-from hf_partial_embed import PartialEmbeddingError, add_tokens
+from hf_partial_embed import add_tokens
 
 TOKENS = ["<think>", "</think>"]
 IDS = torch.tensor([[5, 300, 7, 301, 9]])
@@ -69,15 +67,3 @@ def test_rows_train_on_a_quantised_body(base, tied, tmp_path, name):
         torch.testing.assert_close(logits_of(again, IDS), expected, atol=1e-5, rtol=1e-5)
     plain = AutoModelForCausalLM.from_pretrained(base)
     partial.token_rows().attach(plain, bpe_tokenizer())  # the rows go on the model that is not quantised, too
-
-
-@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
-def test_quantised_tables_are_refused_with_the_remedy():
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    model = build_model("llama", 300, tied=False)
-    quantize_(model, Int8WeightOnlyConfig())  # the head as well
-    tokenizer = bpe_tokenizer()
-    with pytest.raises(PartialEmbeddingError, match="leave embeddings and head out of the quantisation"):
-        add_tokens(model, tokenizer, TOKENS)
-    assert len(tokenizer) == 300
