@@ -83,6 +83,10 @@ class RowDiagnostics:
             hook.remove()
         self._hooks, self._kept, self._hidden = [], None, None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Whoever copies or saves the model does not copy this with it: nobody would look at what it sees.
+        return {"_hooks": []}
+
     def counts(self) -> dict[str, tuple[int, int]]:
         """How often each token was an input and a label so far, over all processes."""
         both = torch.stack([self._inputs, self._targets])
@@ -182,7 +186,7 @@ class RowDiagnostics:
         return gradient
 
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not module.training or torch.compiler.is_compiling():
+        if not self._hooks or not module.training or torch.compiler.is_compiling():
             return
         ids = kwargs.get("input_ids", args[0] if args else None)
         labels = kwargs.get("labels")
@@ -202,12 +206,14 @@ class RowDiagnostics:
         counts.scatter_add_(0, place, (self._ids[place] == flat).to(counts.dtype))
 
     def _keep_hidden(self, module: Any, args: object, output: Any) -> None:
-        if self.sampling and not torch.compiler.is_compiling():
+        if self._hooks and self.sampling and not torch.compiler.is_compiling():
             hidden = getattr(output, "last_hidden_state", None)
             self._hidden = hidden.detach() if isinstance(hidden, Tensor) else None
 
     @torch.no_grad()
     def _after(self, module: Any, args: object, kwargs: dict[str, Any], output: Any) -> None:
+        if not self._hooks:
+            return
         hidden, labels = self._hidden, self._labels
         self._hidden = self._labels = None
         if not self.sampling or self._leak is not None or labels is None or not module.training:

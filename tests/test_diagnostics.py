@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 
 import pytest
 import torch
@@ -141,6 +143,27 @@ def test_two_row_sets_have_names_of_their_own_and_none_are_logged_if_not_wanted(
     trainer = trainer_of(tmp_path, model, [PartialEmbeddingCallback(partial, diagnostics=False)])
     trainer.train()
     assert not any(key.startswith("rows") for entry in logged(trainer) for key in entry)
+
+
+def test_copy_of_a_model_in_training_is_not_watched(tmp_path):
+    copies = []
+
+    class Copy(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            copies.extend([copy.deepcopy(model), pickle.loads(pickle.dumps(model))])
+
+    model, _, partial = prepared()
+    callback = PartialEmbeddingCallback(partial)
+    trainer_of(tmp_path, model, [callback, Copy()], num_train_epochs=1).train()
+    before = callback.diagnostics[0].counts()
+    for copied in copies:
+        copied.train()(input_ids=torch.tensor(SEEN), labels=torch.tensor(SEEN)).loss.backward()
+    assert callback.diagnostics[0].counts() == before
+    assert all(
+        hook.__self__.__dict__.keys() <= {"_hooks"}
+        for hook in copies[1]._forward_pre_hooks.values()
+        if isinstance(getattr(hook, "__self__", None), RowDiagnostics)
+    )
 
 
 def test_nothing_is_computed_at_steps_that_are_not_logged(tmp_path, monkeypatch):
