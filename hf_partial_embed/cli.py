@@ -279,11 +279,12 @@ def _merge(options: argparse.Namespace) -> int:
     _check_out(options)
     rows = _read_rows(options)
     from .preparation import display_names
-    from .pretrained import load_model, load_tokenizer
+    from .pretrained import has_tokenizer, load_model, load_tokenizer
 
     model = load_model(options.base)
-    tokenizer = load_tokenizer(options.base) if rows.tokens else None
-    partial = rows.attach(model, tokenizer, trainable=False)
+    # Rows by id need no tokenizer, but what is written should not lack it.
+    tokenizer = load_tokenizer(options.base) if rows.tokens or has_tokenizer(options.base) else None
+    partial = rows.attach(model, tokenizer if rows.tokens else None, trainable=False)
     partial.merge()
     with _fresh_folder(options) as folder:
         model.save_pretrained(folder)
@@ -488,9 +489,15 @@ def _fresh_folder(options: argparse.Namespace) -> Iterator[Path]:
         folder = Path(name) / "new"
         folder.mkdir()
         yield folder
+        old = Path(name) / "old"
         if out.exists():
-            os.replace(out, Path(name) / "old")
-        os.replace(folder, out)
+            os.replace(out, old)
+        try:
+            os.replace(folder, out)
+        except BaseException:
+            if old.exists():
+                os.replace(old, out)
+            raise
 
 
 def _print(text: str) -> None:

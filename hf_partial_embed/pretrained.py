@@ -19,7 +19,7 @@ from .checkpoints import checkpoint_files, checkpoint_folder
 from .errors import PartialEmbeddingError, shorten
 from .hub import hub_errors
 
-__all__ = ["input_table", "load_model", "load_tokenizer", "model_skeleton"]
+__all__ = ["has_tokenizer", "input_table", "load_model", "load_tokenizer", "model_skeleton"]
 
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
@@ -56,6 +56,11 @@ def model_skeleton(source: str | os.PathLike[str]) -> Any:
     cls, config = _model_class(source)
     with torch.device("meta"):
         return cls(config)
+
+
+def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> Any:

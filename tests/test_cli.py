@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -212,6 +213,35 @@ def test_force_replaces_the_folder_and_an_error_leaves_it(capsys, base, rows, tm
     assert (out / "old.txt").exists()
     assert run(capsys, "merge", base, rows[0], out, "--force", "--quiet")[0] == 0
     assert not (out / "old.txt").exists() and (out / "model.safetensors").exists()
+
+
+def test_rows_by_id_are_merged_and_the_tokenizer_is_kept(capsys, base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    partial = train_tokens(model, None, [7, 250])
+    with torch.no_grad():
+        next(partial.parameters()).fill_(1)
+    partial.save_pretrained(tmp_path / "rows")
+    assert "id 250" in run(capsys, "info", tmp_path / "rows")[1]
+    assert run(capsys, "merge", base, tmp_path / "rows", tmp_path / "out", "--quiet")[0] == 0
+    assert run(capsys, "verify", base, tmp_path / "out", "--ids", "7,250", "--quiet")[0] == 0
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 300
+    assert run(capsys, "neighbours", tmp_path / "rows", base)[1].startswith("id 7: ")
+
+
+def test_folder_comes_back_when_the_new_one_cannot_take_its_place(capsys, base, rows, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.txt").write_text("x")
+    replace = os.replace
+
+    def fail(source, target):
+        if str(source).endswith("new"):
+            raise OSError("no space left")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    status, _, err = run(capsys, "merge", base, rows[0], out, "--force", "--quiet")
+    assert status == 2 and "no space left" in err and (out / "old.txt").exists()
 
 
 def test_a_crash_is_not_the_status_of_a_difference(capsys, base, monkeypatch):

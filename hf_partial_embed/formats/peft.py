@@ -21,6 +21,7 @@ from ..errors import PartialEmbeddingError, shorten
 from ..layout import VocabularyLayout, find_layout
 from ..partial import TokenRows
 from ..preparation import existing_tokens, model_name, plain_tokenizer
+from ..pretrained import has_tokenizer
 from ..split import check_ids
 from ..vocabulary import find_ids, token_to_dict
 from .files import fetch, load_tensors, write_json, write_tensors
@@ -91,7 +92,7 @@ def read_peft(
     tied = head is not None and torch.equal(rows[source], rows[head])
     if model is not None:
         tied = find_layout(model).tied if not _is_meta(model) else _meta_tied(model)
-    known = _tokenizer(adapter, tokenizer)
+    known = _tokenizer(adapter, tokenizer, revision)
     tokens = [] if known is None else existing_tokens(known, ids)
     if not tokens:
         logger.warning(
@@ -223,13 +224,16 @@ def _token_ids(config: dict[str, Any], module: str, rows: Tensor, adapter: objec
     return check_ids(given, 1 << 31)
 
 
-def _tokenizer(adapter: str | os.PathLike[str], tokenizer: Any) -> Any:
+def _tokenizer(adapter: str | os.PathLike[str], tokenizer: Any, revision: str | None) -> Any:
     if tokenizer is not None:
         return plain_tokenizer(tokenizer, needed=True)
-    folder = Path(adapter)
-    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return AutoTokenizer.from_pretrained(folder)
-    return None
+    if Path(adapter).is_dir() and not has_tokenizer(adapter):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(adapter, revision=revision or "main", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        logger.warning("The tokenizer that was saved with %s cannot be loaded: %s", adapter, error)
+        return None
 
 
 def _named(model: nn.Module, module: Any) -> set[str]:
