@@ -141,6 +141,7 @@ def find_layout(model: nn.Module, size: int | None = None) -> VocabularyLayout:
         )
     for table in found:
         _check_storage(model, table)
+    _check_softmax(model, found)
     live_counts = dict(named_counts(model))
     counts = [
         (live_counts[name][0], live_counts[name][1], new)
@@ -221,6 +222,17 @@ def _is_unread_bias(module: nn.Module, attribute: str, head: Any) -> bool:
     tensor = module._parameters[attribute]
     inside = head is not module and any(child is head for child in module.modules())
     return inside and own is not None and tensor is not own and tensor is not None and tensor.shape == own.shape
+
+
+def _check_softmax(model: nn.Module, tables: list[Table]) -> None:
+    holders = {id(module) for table in tables for module, _ in table.holders}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.AdaptiveLogSoftmaxWithLoss) and any(id(part) in holders for part in module.modules()):
+            raise PartialEmbeddingError(
+                f"{type(model).__name__}'s {name} is an adaptive softmax: it sorts tokens into clusters by their "
+                "frequency, which new tokens have none of, and gives probabilities, which would all change. Load the "
+                "model with an ordinary head."
+            )
 
 
 def _check_storage(model: nn.Module, table: Table) -> None:

@@ -117,7 +117,8 @@ def _by_building(model: Any, size: int) -> Resizing:
     _check_one_vocabulary(model, values, root)
     step = max(1, size - min(values.values()))
     probed = builds.build({path: value + step for path, value in values.items()})
-    wanted = builds.build({path: max(value, size) for path, value in values.items()}, check=True)
+    wanted = builds.build({path: max(value, size) for path, value in values.items()})
+    builds.check({path: max(value, size) for path, value in values.items()})
 
     tensors: dict[str, tuple[int, int, int]] = {}
     tails: dict[str, int] = {}
@@ -151,18 +152,30 @@ class _Builds:
         self.config = config
         self._built: dict[frozenset[tuple[_Path, int]], nn.Module] = {}
 
-    def build(self, values: dict[_Path, int], *, check: bool = False) -> nn.Module:
-        """The model with some entries of the configuration changed; `check` asks the configuration too."""
+    def configured(self, values: dict[_Path, int]) -> Any:
+        """The configuration with some entries changed."""
+        config = copy.deepcopy(self.config)
+        for path, value in values.items():
+            setattr(_follow(config, path[:-1]), path[-1], value)
+        return config
+
+    def build(self, values: dict[_Path, int]) -> nn.Module:
+        """The model with some entries of the configuration changed."""
         key = frozenset(values.items())
         if key not in self._built:
-            config = copy.deepcopy(self.config)
-            for path, value in values.items():
-                setattr(_follow(config, path[:-1]), path[-1], value)
-            if check and hasattr(config, "validate"):
-                config.validate()
             with _quiet(), torch.random.fork_rng(devices=[]), torch.device("meta"):
-                self._built[key] = self.cls(config)
+                self._built[key] = self.cls(self.configured(values))
         return self._built[key]
+
+    def check(self, values: dict[_Path, int]) -> None:
+        """Let the configuration say whether the values go together, as it does when it is loaded."""
+        if not hasattr(self.config, "validate"):
+            return
+        try:
+            self.config.validate()
+        except Exception:  # noqa: BLE001  # it has something against the present ones, too
+            return
+        self.configured(values).validate()
 
 
 def _vocabulary_fields(
@@ -199,12 +212,13 @@ def _vocabulary_fields(
             continue
         all_grown = _grown(before, after)
         grown = {name for name, dim in all_grown.items() if after[name][dim] == before[name][dim] + 1}
-        grows[path] = grown & main
+        grows[path] = {name for name in grown & main if all_grown[name] == 0}
         if grows[path]:
             chosen[path] = value
         # Without input embeddings that are known as such, any table of vectors may be the text's.
         tables[path] = {name for name in grown if len(before[name]) == 2 and not _is_head(live, name)}
-        if not all_grown or (path[-1].startswith("vocab_size") and len(grown) == len(all_grown)):
+        is_mirror = not all_grown and "vocab" in path[-1]
+        if is_mirror or (path[-1].startswith("vocab_size") and len(grown) == len(all_grown)):
             others[path] = grown
     if weight is None:
         chosen = {path: candidates[path] for path in _text_tables(tables, live)}

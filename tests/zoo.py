@@ -480,9 +480,13 @@ def _recipe(model: Any) -> dict[str, Any]:
     variants = [texts] if len(texts) == 1 else [texts, texts[:1], texts[1:]]
     reasons = []
     second_best: dict[str, Any] | None = None
-    weight = text_table(model)
-    was = weight.requires_grad
-    weight.requires_grad_(True)
+    # Beside the table that a model names there may be the one that it reads, in an encoder of its own.
+    shape = text_table(model).shape
+    holders = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    weights = {id(m.weight): m.weight for m in holders if m.weight.shape == shape} | {0: text_table(model)}
+    were = {id(weight): weight.requires_grad for weight in weights.values()}
+    for weight in weights.values():
+        weight.requires_grad_(True)
     try:
         for dummies in _dummies(model, accepted):
             # Two towers whose forwards take the place of each token of an image in the text.
@@ -496,7 +500,8 @@ def _recipe(model: Any) -> dict[str, Any]:
                     }  # fmt: skip
                     try:
                         loss, _ = _forward(model, ids, recipe)
-                        (gradient,) = torch.autograd.grad(loss, weight, allow_unused=True)
+                        gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+                        gradient = next((g for g in reversed(gradients) if g is not None and g.any()), None)
                     except Exception as error:  # noqa: BLE001
                         reasons.append(_reason(error))
                         # The error says what the ids have to contain.
@@ -504,7 +509,7 @@ def _recipe(model: Any) -> dict[str, Any]:
                             images = int(match[1]) // len(ids)
                         end = end or "<eos> token" in str(error)
                         continue
-                    if gradient is None or not gradient.any() or not gradient.isfinite().all():
+                    if gradient is None or not gradient.isfinite().all():
                         reasons.append("its input embeddings get no gradient")
                         continue
                     _RECIPES[key] = recipe
@@ -516,7 +521,8 @@ def _recipe(model: Any) -> dict[str, Any]:
                         second_best = second_best or recipe
                     reasons.append("it reads nothing but the first token of so short a text")
     finally:
-        weight.requires_grad_(was)
+        for weight in weights.values():
+            weight.requires_grad_(were[id(weight)])
     if second_best is not None:
         _RECIPES[key] = second_best
         return second_best
