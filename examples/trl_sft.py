@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import SFTConfig, SFTTrainer
 
 from hf_partial_embed import PartialEmbeddingCallback, add_tokens
+from hf_partial_embed.plot import plot_rows
 
 TOKENS = {
     "<think>": "thinking begins",
@@ -57,6 +58,8 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
     parser.add_argument("--cache", type=Path, default=Path("smollm2"), help="folder of the converted model")
     parser.add_argument("--out", type=Path, default=Path("chat-tokens"))
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--picture", type=Path, help="draw loss, norms and neighbours there (needs matplotlib)")
     options = parser.parse_args(arguments)
 
     model, tokenizer = load_smollm2(options.cache)
@@ -64,8 +67,9 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
     partial = add_tokens(model, tokenizer, TOKENS)
     data = Dataset.from_list([{"messages": conversation(a, b)} for a in range(2, 10) for b in range(3, 9)])
     args = SFTConfig(
-        output_dir=str(options.out / "run"), max_steps=options.steps, per_device_train_batch_size=4, report_to=[],
-        learning_rate=1e-3, save_strategy="no", logging_steps=5, use_cpu=True, bf16=False, packing=False,
+        output_dir=str(options.out / "run"), max_steps=options.steps, report_to=[],
+        per_device_train_batch_size=options.batch_size,
+        learning_rate=1e-3, save_strategy="no", logging_steps=1, use_cpu=True, bf16=False, packing=False,
         activation_checkpointing=False, gradient_checkpointing=False, seed=0,
     )  # fmt: skip
     trainer = SFTTrainer(
@@ -81,6 +85,8 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
     before = answer(model.eval(), tokenizer, question)
     plain = AutoModelForCausalLM.from_pretrained(options.out / "merged", dtype=torch.float32)
     after = answer(plain, AutoTokenizer.from_pretrained(options.out / "merged"), question)
+    if options.picture:
+        plot_rows(partial, trainer.state.log_history, path=options.picture)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     trained = sum(rows.numel() for rows in partial.parameters())
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} by training {trained:,} numbers")
