@@ -7,7 +7,7 @@ that an attachment can be deep-copied together with its model.
 
 from __future__ import annotations
 
-import importlib
+import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -85,6 +85,11 @@ class Attachment:
     def attached(self) -> bool:
         """Whether the rows are on the model now."""
         return self in attachments_of(self.model)
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether something (accelerate) holds the values of the tables or rows, which are on the meta device."""
+        return any(table.tensor.is_meta or self.parameter(table).is_meta for table in self.trained)
 
     def apply(self, layout: VocabularyLayout | None = None) -> None:
         """Put the rows on. On any error everything is as it was before.
@@ -411,7 +416,7 @@ class _Split:
 
     def do(self) -> None:
         (owner, name), *tied = self.table.holders
-        with _accelerate_hook_off(owner):
+        with _hooked_forward_kept(owner):
             names = split_module(
                 owner,
                 {name: self.rows},
@@ -424,7 +429,7 @@ class _Split:
         self._done.append((owner, names, []))
         assert isinstance(owner, PartialModule)
         for module, attribute in tied:
-            with _accelerate_hook_off(module):
+            with _hooked_forward_kept(module):
                 shared = {attribute: owner._row_sources[name]}
                 split_module(module, {}, self.ids, shared=shared, scope=self.scope)
             self._done.append((module, {}, [attribute]))
@@ -440,7 +445,7 @@ class _Split:
         # The owner first: a tied module gives its rows up when the owner has none left.
         for module, names, shared in self._done:
             assert isinstance(module, PartialModule)
-            with _accelerate_hook_off(module):
+            with _hooked_forward_kept(module):
                 unsplit_module(module, names, shared, len(self.ids))
         self._done = []
 
@@ -552,15 +557,14 @@ def _refuse_resize(*args: object, **kwargs: object) -> None:
 
 
 @contextmanager
-def _accelerate_hook_off(module: nn.Module) -> Iterator[None]:
-    """Take accelerate's hook off while the class changes: it holds the forward of the old class."""
-    hook = module.__dict__.get("_hf_hook")
-    if hook is None:
-        yield
-        return
-    hooks = importlib.import_module("accelerate.hooks")
-    hooks.remove_hook_from_module(module)
-    try:
-        yield
-    finally:
-        hooks.add_hook_to_module(module, hook)
+def _hooked_forward_kept(module: nn.Module) -> Iterator[None]:
+    """Let accelerate's hook call the forward of the class that the module has afterwards.
+
+    The hook stands in front of a bound method of the class that it found, kept on the instance; taking
+    the hook off leaves that method there.
+    """
+    before = type(module).forward
+    yield
+    for name in ("forward", "_old_forward"):
+        if getattr(module.__dict__.get(name), "__func__", None) is before:
+            module.__dict__[name] = types.MethodType(type(module).forward, module)

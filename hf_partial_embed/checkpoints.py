@@ -12,11 +12,12 @@ from typing import Any, BinaryIO
 
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from .errors import PartialEmbeddingError, count, shorten
 from .hub import hub_errors
 
-__all__ = ["CheckpointReport", "TableReport", "verify_checkpoint"]
+__all__ = ["CheckpointReport", "TableReport", "checkpoint_files", "checkpoint_folder", "verify_checkpoint"]
 
 _PIECE_BYTES = 1 << 22
 _INDEX = "model.safetensors.index.json"
@@ -81,7 +82,9 @@ class CheckpointReport:
         return "\n".join(lines)
 
 
-def verify_checkpoint(base: str | os.PathLike[str], adapted: str | os.PathLike[str]) -> CheckpointReport:
+def verify_checkpoint(
+    base: str | os.PathLike[str], adapted: str | os.PathLike[str], *, progress: bool = False
+) -> CheckpointReport:
     """Compare two saved checkpoints: which embedding rows and which other tensors differ, bit for bit.
 
     No model is loaded, and memory does not grow with its size.
@@ -89,6 +92,7 @@ def verify_checkpoint(base: str | os.PathLike[str], adapted: str | os.PathLike[s
     Args:
         base: folder or Hub id of the checkpoint before.
         adapted: folder or Hub id of the one after.
+        progress: whether to show a bar on stderr.
 
     Returns:
         `CheckpointReport`.
@@ -102,7 +106,8 @@ def verify_checkpoint(base: str | os.PathLike[str], adapted: str | os.PathLike[s
             missing=sorted(old.tensors.keys() - new.tensors.keys()),
             unexpected=sorted(new.tensors.keys() - old.tensors.keys()),
         )
-        for name in sorted(old.tensors.keys() & new.tensors.keys()):
+        both = sorted(old.tensors.keys() & new.tensors.keys())
+        for name in tqdm(both, desc="comparing", unit=" tensors", disable=not progress):
             _compare(name, old, new, report)
         return report
 
@@ -160,10 +165,12 @@ class _Checkpoint:
     """The tensors of a saved checkpoint, to be read piece by piece."""
 
     def __init__(self, source: str | os.PathLike[str], stack: ExitStack) -> None:
-        folder = _folder(source)
+        folder = checkpoint_folder(source)
         try:
             self.tensors = {
-                name: tensor for file in _files(folder) for name, tensor in _stored_tensors(folder / file, stack)
+                name: tensor
+                for file in checkpoint_files(folder)
+                for name, tensor in _stored_tensors(folder / file, stack)
             }
             self.sizes = set(_vocabulary_sizes(folder))
         except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -184,7 +191,8 @@ def _stored_tensors(path: Path, stack: ExitStack) -> Iterator[tuple[str, _Stored
             yield name, _StoredTensor(file, 8 + length + start, stop - start, entry["shape"], entry["dtype"])
 
 
-def _folder(source: str | os.PathLike[str]) -> Path:
+def checkpoint_folder(source: str | os.PathLike[str]) -> Path:
+    """The folder of a checkpoint, downloaded where it is a Hub id."""
     path = Path(source)
     if os.path.isdir(path):
         return path
@@ -192,7 +200,8 @@ def _folder(source: str | os.PathLike[str]) -> Path:
         return Path(snapshot_download(str(source), allow_patterns=["*.safetensors", _INDEX, "config.json"]))
 
 
-def _files(folder: Path) -> list[str]:
+def checkpoint_files(folder: Path) -> list[str]:
+    """Names of the safetensors files of a checkpoint, all of them inside of its folder."""
     if (folder / _INDEX).is_file():
         index = json.loads((folder / _INDEX).read_text("utf-8"))
         files = sorted(set(index["weight_map"].values()))

@@ -108,9 +108,22 @@ class PartialEmbedding:
         for table in self._attachment.trained:
             yield self._attachment.parameter(table), table.tensor
 
+    def trained_tables(self) -> dict[str, Table]:
+        """The tables of which rows train, by the name that their rows have in a row file."""
+        self._require_attached("trained_tables")
+        layout = self._attachment.layout
+        keys = row_keys(layout) if layout else {}
+        return {key: table for key, table in keys.items() if table in self._attachment.trained}
+
+    def parameter_of(self, table: Table) -> nn.Parameter:
+        """What trains for one of them: its rows; under `"mask"` the whole of it."""
+        return self._attachment.parameter(table)
+
     def token_rows(self) -> TokenRows:
         """The rows as they are now: detached copies on the CPU."""
         attachment = self._attachment
+        if attachment.attached:
+            self._require_attached("read the rows")
         assert attachment.layout is not None
         keys = row_keys(attachment.layout)
         return TokenRows.from_tensors(
@@ -227,6 +240,12 @@ class PartialEmbedding:
             raise PartialEmbeddingError(
                 f"Cannot {action}: these rows are not on a model any more (merged or detached). Attach them again "
                 "with TokenRows.attach."
+            )
+        if self._attachment.offloaded:
+            raise PartialEmbeddingError(
+                f"Cannot {action}: accelerate has offloaded the rows, which are on the meta device until they are "
+                "used. An offloaded model can only be run. Train, save and merge rows before cpu_offload, "
+                "disk_offload or dispatch_model."
             )
 
     def __repr__(self) -> str:

@@ -201,7 +201,7 @@ class PartialModule(nn.Module):
         """What `module.<name>` gives: see `ForwardScope`."""
         table = self._parameters.get(name)
         source = self.__dict__.get("_row_sources", {}).get(name)
-        if table is None or source is None:
+        if table is None or source is None or table.is_meta:  # offloaded: accelerate looks at it to bring it back
             if name in self._parameters:
                 return table  # type: ignore[return-value]
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

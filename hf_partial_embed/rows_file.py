@@ -22,7 +22,7 @@ from torch import Tensor
 from .errors import PartialEmbeddingError
 from .vocabulary import TOKEN_FLAGS
 
-__all__ = ["FORMAT_VERSION", "ROWS_FILE", "read_rows", "write_atomically", "write_rows"]
+__all__ = ["FORMAT_VERSION", "ROWS_FILE", "is_rows_file", "read_rows", "write_atomically", "write_rows"]
 
 ROWS_FILE = "token_rows.safetensors"
 FORMAT_VERSION = 1
@@ -110,6 +110,15 @@ def read_rows(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
         if not torch.isfinite(tensor).all():
             raise PartialEmbeddingError(f"{path} holds infinite or NaN values in {name!r}. Nothing was loaded.")
     return tensors, metadata
+
+
+def is_rows_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a row file by its header, whole or damaged further on."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _KEY in (file.metadata() or {})
+    except (SafetensorError, OSError, ValueError):
+        return False
 
 
 def _check_metadata(path: Path, header: dict[str, str] | None) -> dict[str, Any]:

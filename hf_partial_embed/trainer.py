@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Iterable
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
+from .diagnostics import RowDiagnostics
 from .errors import PartialEmbeddingError
 from .mask import unwrap_optimizer
 from .partial import PartialEmbedding, TokenRows
@@ -38,6 +41,9 @@ class PartialEmbeddingCallback(TrainerCallback):
         weight_decay (`float`): of the rows. Decay pulls new rows towards zero, so the default is none.
         verify (`bool`): whether to compare all frozen rows with their digests when training ends.
         save_rows (`bool`): whether to write the row file beside each checkpoint.
+        diagnostics (`bool`): whether to add norms, counts and leak of the rows to what the Trainer logs,
+            under `rows/...`, and to warn after the first epoch of tokens that the data lacks; see
+            `RowDiagnostics`. For a reporter such as TensorBoard call `log_first(trainer)`, too.
 
     Raises:
         `PartialEmbeddingError`: a negative rate or decay; when training begins, rows that are not in
@@ -52,6 +58,7 @@ class PartialEmbeddingCallback(TrainerCallback):
         weight_decay: float = 0.0,
         verify: bool = True,
         save_rows: bool = True,
+        diagnostics: bool = True,
     ) -> None:
         self.partials = [partial] if isinstance(partial, PartialEmbedding) else list(partial)
         for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
@@ -61,7 +68,26 @@ class PartialEmbeddingCallback(TrainerCallback):
         self.weight_decay = weight_decay
         self.verify = verify
         self.save_rows = save_rows
+        self.diagnostics = [RowDiagnostics(partial) for partial in self.partials] if diagnostics else []
         self._hooks: list[Any] = []
+
+    def log_first(self, trainer: Any) -> None:
+        """Let this callback come before the Trainer's reporters, so that they see its values, too.
+
+        The Trainer calls reporters (TensorBoard, W&B, ...) before the callbacks that it was given. Its own
+        `log_history` and what it prints have the values in any case.
+        """
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.sort(key=lambda callback: callback is not self)
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.use_liger_kernel and importlib.util.find_spec("triton") is None:
+            raise PartialEmbeddingError(
+                "use_liger_kernel=True needs Triton, which is not installed here (it runs on GPUs): Liger's fused "
+                "loss cannot be used. Switch it off: TrainingArguments(use_liger_kernel=False)."
+            )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -76,6 +102,9 @@ class PartialEmbeddingCallback(TrainerCallback):
             if state.global_step and not stored:
                 folders = [args.resume_from_checkpoint, _checkpoint(args, state)]
                 _restore_from_files(partial, folders, number, in_checkpoint=not _is_adapter(kwargs["model"]))
+        for diagnostics in self.diagnostics:
+            diagnostics.stop()
+            diagnostics.start()
         parameters = [parameter for partial in self.partials for parameter in partial.parameters()]
         exact = [
             parameter
@@ -89,6 +118,40 @@ class PartialEmbeddingCallback(TrainerCallback):
             optimizer.register_step_post_hook(steps.after),
             optimizer.register_state_dict_post_hook(_ExactRows(exact).store),
         ]
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for diagnostics in self.diagnostics:
+            diagnostics.sampling = _will_log(args, state)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for diagnostics in self.diagnostics:
+            diagnostics.look_at_gradients()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        for number, diagnostics in enumerate(self.diagnostics):
+            prefix = "rows" if number == 0 else f"rows_{number + 1}"
+            values = {f"{prefix}/{name}": value for name, value in diagnostics.values().items()}
+            logs.update(values)
+            state.log_history[-1].update(values)  # a copy, made before the callbacks are asked
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for diagnostics in self.diagnostics:
+            diagnostics.end_of_epoch()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.save_rows:
@@ -105,6 +168,8 @@ class PartialEmbeddingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._remove_hooks()
+        for diagnostics in self.diagnostics:
+            diagnostics.stop()
         for number, partial in enumerate(self.partials):
             if args.load_best_model_at_end and state.best_model_checkpoint:
                 in_checkpoint = not _is_adapter(kwargs["model"])
@@ -117,6 +182,14 @@ class PartialEmbeddingCallback(TrainerCallback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+
+def _will_log(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether the step that begins is one whose values are looked at."""
+    step = state.global_step + 1
+    if args.logging_strategy != IntervalStrategy.STEPS:
+        return step % 50 == 0
+    return step % max(1, state.logging_steps) == 0 or (step == 1 and args.logging_first_step)
 
 
 class _OwnGroup:

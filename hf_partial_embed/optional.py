@@ -1,0 +1,32 @@
+"""Packages that only some functions need: imported when used, with an error that names the extra."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from .errors import PartialEmbeddingError
+
+__all__ = ["need"]
+
+
+def need(module: str, extra: str, purpose: str) -> Any:
+    """Import a module of an extra.
+
+    Args:
+        module: its name.
+        extra: the extra of this package that brings it.
+        purpose: what it is needed for, as the message says it.
+
+    Raises:
+        `PartialEmbeddingError`: it is not installed; says which extra to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != module.partition(".")[0]:
+            raise  # it is there, and lacks something of its own
+        package = module.partition(".")[0]
+        raise PartialEmbeddingError(
+            f'{purpose} needs {package}, which is not installed: pip install "hf_partial_embed[{extra}]".'
+        ) from error
