@@ -107,13 +107,11 @@ def test_rows_train_on_a_model_whose_layers_lie_on_disk(folder, tmp_path, tied):
 
 def quantized(folder, kind, **options):
     if kind == "torchao":
-        pytest.importorskip("torchao")
         from torchao.quantization import Int8WeightOnlyConfig
         from transformers import TorchAoConfig
 
         settings = TorchAoConfig(Int8WeightOnlyConfig(), **options)
     else:
-        pytest.importorskip("bitsandbytes")
         from transformers import BitsAndBytesConfig
 
         settings = BitsAndBytesConfig(
