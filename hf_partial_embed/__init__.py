@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import add_tokens, load_tokens, train_tokens
     from .checkpoints import verify_checkpoint
+    from .chunked_loss import ChunkedLoss
     from .errors import FrozenRowsChangedError, PartialEmbeddingError
+    from .loss import linear_cross_entropy
     from .mask import mask_gradients
     from .partial import PartialEmbedding, TokenRows
     from .split import SplitEmbedding, SplitLinear
@@ -24,6 +26,8 @@ _NAMES = {
     "PartialEmbedding": "partial",
     "TokenRows": "partial",
     "PartialEmbeddingCallback": "trainer",
+    "ChunkedLoss": "chunked_loss",
+    "linear_cross_entropy": "loss",
     "verify_checkpoint": "checkpoints",
     "mask_gradients": "mask",
     "SplitEmbedding": "split",
@@ -33,6 +37,7 @@ _NAMES = {
 }
 
 __all__ = [
+    "ChunkedLoss",
     "FrozenRowsChangedError",
     "PartialEmbedding",
     "PartialEmbeddingCallback",
@@ -41,6 +46,7 @@ __all__ = [
     "SplitLinear",
     "TokenRows",
     "add_tokens",
+    "linear_cross_entropy",
     "load_tokens",
     "mask_gradients",
     "train_tokens",

@@ -20,7 +20,7 @@ from .errors import PartialEmbeddingError
 from .rows import RowIndex, apply
 from .split import HeadOperands, SplitLinear, head_gradient, head_logits, row_columns
 
-__all__ = ["CHUNK_BYTES", "CHUNK_POSITIONS", "head_operands", "linear_cross_entropy"]
+__all__ = ["CHUNK_BYTES", "CHUNK_POSITIONS", "head_operands", "linear_cross_entropy", "linear_log_probs"]
 
 # A chunk has as many positions as have 64 MiB of float32 logits, but at least 128. Measured on a CPU, at
 # vocabularies of 49 and 152 thousand: with half as many the products become slower (1.06 to 1.26 of the
@@ -73,6 +73,30 @@ def linear_cross_entropy(
     with torch.autocast(input.device.type, enabled=False):
         options = (reduction, ignore_index, label_smoothing, z_loss, transform)
         return apply(_ChunkedLoss, x, *operands, target, *options)
+
+
+def linear_log_probs(
+    input: Tensor, head: nn.Linear, target: Tensor, *, transform: Transform | None = None
+) -> tuple[Tensor, Tensor]:
+    """Of `log_softmax(transform(head(input)))` the entry at `target` and the sum over the vocabulary.
+
+    For losses that weight positions by themselves, such as the label smoother of `transformers`. What weight a
+    position has is known in the backward pass only, so the logits of each chunk are computed again there: one more
+    product than `linear_cross_entropy` needs, in the same memory.
+
+    Args:
+        input (`torch.Tensor` of shape `(N, dim)`): hidden states.
+        head, transform: as in `linear_cross_entropy`.
+        target (`torch.Tensor` of shape `(N,)`, int64): ids, all of them inside of the vocabulary.
+
+    Returns:
+        two `torch.Tensor` of shape `(N,)`, in float32 or better.
+    """
+    operands = head_operands(head, input)
+    x = input.to(operands.weight.dtype) if torch.is_autocast_enabled(input.device.type) else input
+    with torch.autocast(input.device.type, enabled=False):
+        picked, total = _ChunkedLogProbs.apply(x, *operands, target, transform)  # type: ignore[no-untyped-call]
+    return picked, total
 
 
 def head_operands(head: nn.Module, input: Tensor) -> HeadOperands:
@@ -128,17 +152,12 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_rows = rows.new_zeros(rows.shape, dtype=exact) if needs_rows else None
         grad_bias = rows.new_zeros(len(rows), dtype=exact) if needs_bias and bias_rows is not None else None
 
-        step = min(max(CHUNK_POSITIONS, CHUNK_BYTES // (size * exact.itemsize)), max(1, len(target)))
-        logits_buffer = x.new_empty(step, size)
-        buffer = x.new_empty(step, size, dtype=exact)
-        for start in range(0, len(target), step):
-            labels = target[start : start + step].unsqueeze(1)
-            stop = start + len(labels)
-            positions = slice(start, stop) if everything else kept[start:stop]
+        chunks = _Chunks(head, x, transform, len(target))
+        for span in chunks.spans:
+            labels = target[span].unsqueeze(1)
+            positions = span if everything else kept[span]
             part = x[positions]
-            raw = head_logits(part, head, out=logits_buffer[: len(labels)])
-            logits, back = (raw, None) if transform is None else _transformed(raw, transform)
-            grad = torch.log_softmax(logits, 1, dtype=exact, out=buffer[: len(labels)])
+            logits, grad = chunks.log_probs(part)
             picked = grad.gather(1, labels)
             loss -= picked.sum() * (1 - label_smoothing)
             if label_smoothing:
@@ -154,18 +173,10 @@ class _ChunkedLoss(torch.autograd.Function):
             if label_smoothing:
                 grad.sub_(label_smoothing / size)
             grad.scatter_add_(1, labels, grad.new_full((1, 1), label_smoothing - 1).expand_as(labels))
-            if back is not None:
-                grad = back(grad)
-            # The logits are not needed any more: their buffer takes the gradient in the head's dtype.
-            grad = grad if grad.dtype == x.dtype else raw.copy_(grad)
+            grad = chunks.of_raw_logits(grad)
             if grad_x is not None:
                 grad_x[positions] = head_gradient(grad, weight, rows, index, ids)
-            if grad_rows is not None or grad_bias is not None:
-                grad_new = row_columns(grad, index, ids)
-                if grad_rows is not None:
-                    grad_rows += grad_new.t() @ part
-                if grad_bias is not None:
-                    grad_bias += grad_new.sum(0)
+            _add_row_gradients(grad, part, head, grad_rows, grad_bias)
         # No position at all: NaN, as 0 / 0 is in F.cross_entropy.
         scale = 1.0 if reduction == "sum" else (1 / len(target) if len(target) else float("nan"))
         ctx.save_for_backward(grad_x, grad_rows, grad_bias)
@@ -173,7 +184,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return loss * scale
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scale = grad * ctx.scale
         grad_x, grad_rows, grad_bias = (
@@ -182,14 +193,84 @@ class _ChunkedLoss(torch.autograd.Function):
         return grad_x, None, None, grad_rows, grad_bias, *[None] * 8
 
 
-def _transformed(raw: Tensor, transform: Transform) -> tuple[Tensor, Transform]:
-    """Logits as `transform` makes them, and what takes their gradient back to the raw ones."""
-    leaf = raw.detach().requires_grad_(True)
-    with torch.enable_grad():
-        out = transform(leaf)
+class _ChunkedLogProbs(torch.autograd.Function):
+    """Two sums of log-probabilities for each position; the backward computes the logits again."""
 
-    def back(grad: Tensor) -> Tensor:
-        (result,) = torch.autograd.grad(out, leaf, grad.to(out.dtype))
-        return result
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, bias_rows: Tensor | None,
+        index: RowIndex, ids: Tensor | None, target: Tensor, transform: Transform | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        chunks = _Chunks(HeadOperands(weight, bias, rows, bias_rows, index, ids), x, transform, len(x))
+        picked, total = x.new_empty(len(x), dtype=chunks.exact), x.new_empty(len(x), dtype=chunks.exact)
+        for span in chunks.spans:
+            _, log_probs = chunks.log_probs(x[span])
+            picked[span] = log_probs.gather(1, target[span].unsqueeze(1)).squeeze(1)
+            total[span] = log_probs.sum(1)
+        ctx.save_for_backward(x, weight, bias, rows, bias_rows, ids, target)
+        ctx.index, ctx.transform = index, transform
+        return picked, total
 
-    return out.detach(), back
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_picked: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, rows, bias_rows, ids, target = ctx.saved_tensors
+        head = HeadOperands(weight, bias, rows, bias_rows, ctx.index, ids)
+        chunks = _Chunks(head, x, ctx.transform, len(x))
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_rows = rows.new_zeros(rows.shape, dtype=chunks.exact) if ctx.needs_input_grad[3] else None
+        grad_bias = rows.new_zeros(len(rows), dtype=chunks.exact) if ctx.needs_input_grad[4] else None
+        for span in chunks.spans:
+            one, every = grad_picked[span].unsqueeze(1), grad_total[span].unsqueeze(1)
+            grad = chunks.log_probs(x[span])[1].exp_()
+            grad.mul_(-one - every * weight.shape[0]).add_(every)
+            grad.scatter_add_(1, target[span].unsqueeze(1), one)
+            grad = chunks.of_raw_logits(grad)
+            if grad_x is not None:
+                grad_x[span] = head_gradient(grad, weight, rows, ctx.index, ids)
+            _add_row_gradients(grad, x[span], head, grad_rows, grad_bias)
+        grad_rows, grad_bias = (None if sums is None else sums.to(x.dtype) for sums in (grad_rows, grad_bias))
+        return grad_x, None, None, grad_rows, grad_bias, *[None] * 4
+
+
+class _Chunks:
+    """Log-probabilities of some positions at a time, in two buffers that all chunks share."""
+
+    def __init__(self, head: HeadOperands, x: Tensor, transform: Transform | None, count: int) -> None:
+        self.head, self.transform = head, transform
+        size = head.weight.shape[0]
+        self.exact = torch.promote_types(torch.float32, x.dtype)
+        step = min(max(CHUNK_POSITIONS, CHUNK_BYTES // (size * self.exact.itemsize)), max(1, count))
+        self.spans = [slice(start, min(start + step, count)) for start in range(0, count, step)]
+        self._logits = x.new_empty(step, size)
+        self._log_probs = x.new_empty(step, size, dtype=self.exact)
+
+    def log_probs(self, part: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, after `transform`, and log-probabilities, `(n, V)` each."""
+        self._leaf = head_logits(part, self.head, out=self._logits[: len(part)])
+        self._out = self._leaf
+        if self.transform is not None:
+            self._leaf = self._leaf.detach().requires_grad_(True)
+            with torch.enable_grad():
+                self._out = self.transform(self._leaf)
+        logits = self._out.detach()
+        return logits, torch.log_softmax(logits, 1, dtype=self.exact, out=self._log_probs[: len(part)])
+
+    def of_raw_logits(self, grad: Tensor) -> Tensor:
+        """The gradient before `transform` and in the head's dtype, from that of what `log_probs` gave last."""
+        if self.transform is not None:
+            (grad,) = torch.autograd.grad(self._out, self._leaf, grad.to(self._out.dtype))
+        # The logits are not needed any more: their buffer takes it.
+        return grad if grad.dtype == self._logits.dtype else self._logits[: len(grad)].copy_(grad)
+
+
+def _add_row_gradients(
+    grad: Tensor, part: Tensor, head: HeadOperands, grad_rows: Tensor | None, grad_bias: Tensor | None
+) -> None:
+    if grad_rows is None and grad_bias is None:
+        return
+    grad_new = row_columns(grad, head.row_index, head.ids)
+    if grad_rows is not None:
+        grad_rows += grad_new.t() @ part
+    if grad_bias is not None:
+        grad_bias += grad_new.sum(0)

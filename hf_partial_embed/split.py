@@ -160,7 +160,7 @@ class HeadOperands(NamedTuple):
         bias (`torch.Tensor` of shape `(V,)`, *optional*): detached.
         rows (`torch.Tensor` of shape `(K, dim)`): the rows that train.
         bias_rows (`torch.Tensor` of shape `(K,)`, *optional*): their entries of the bias.
-        index: which ids they have.
+        row_index: which ids they have.
         ids (`torch.Tensor` of shape `(K,)`, *optional*): the same as a tensor; `None` where appended.
     """
 
@@ -168,7 +168,7 @@ class HeadOperands(NamedTuple):
     bias: Tensor | None
     rows: Tensor
     bias_rows: Tensor | None
-    index: RowIndex
+    row_index: RowIndex
     ids: Tensor | None
 
 

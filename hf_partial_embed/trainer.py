@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .additions import Addition
+from .chunked_loss import ChunkedLoss
 from .errors import PartialEmbeddingError
 from .mask import unwrap_optimizer
 from .partial import PartialEmbedding, TokenRows
@@ -38,10 +40,13 @@ class PartialEmbeddingCallback(TrainerCallback):
         weight_decay (`float`): of the rows. Decay pulls new rows towards zero, so the default is none.
         verify (`bool`): whether to compare all frozen rows with their digests when training ends.
         save_rows (`bool`): whether to write the row file beside each checkpoint.
+        chunked_loss (`bool`): whether to compute the loss of training steps in chunks of positions, so that
+            neither all logits nor a gradient of the table's size exist; see `ChunkedLoss`. The same gradients, in
+            less memory. Evaluation has its logits as always.
 
     Raises:
-        `PartialEmbeddingError`: a negative rate or decay; when training begins, rows that are not in
-            the optimizer.
+        `PartialEmbeddingError`: a negative rate or decay; a model that cannot have a chunked loss; when training
+            begins, rows that are not in the optimizer.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class PartialEmbeddingCallback(TrainerCallback):
         weight_decay: float = 0.0,
         verify: bool = True,
         save_rows: bool = True,
+        chunked_loss: bool = False,
     ) -> None:
         self.partials = [partial] if isinstance(partial, PartialEmbedding) else list(partial)
         for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
@@ -61,7 +67,16 @@ class PartialEmbeddingCallback(TrainerCallback):
         self.weight_decay = weight_decay
         self.verify = verify
         self.save_rows = save_rows
+        self.chunked_loss = chunked_loss
+        self._additions = self._make_additions()
         self._hooks: list[Any] = []
+
+    def _make_additions(self, outer: Sequence[nn.Module] = (), smoothing: bool = False) -> list[Addition]:
+        """What is put on the model while it trains; what it cannot have is refused here."""
+        additions: list[Addition] = []
+        if self.chunked_loss:
+            additions.append(ChunkedLoss(self.partials[0].model, outer=outer, keep_logits=smoothing))
+        return additions
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -89,6 +104,9 @@ class PartialEmbeddingCallback(TrainerCallback):
             optimizer.register_step_post_hook(steps.after),
             optimizer.register_state_dict_post_hook(_ExactRows(exact).store),
         ]
+        self._additions = self._make_additions([kwargs["model"]], smoothing=args.label_smoothing_factor > 0)
+        for addition in self._additions:
+            addition.install()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.save_rows:
@@ -117,6 +135,8 @@ class PartialEmbeddingCallback(TrainerCallback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        for addition in self._additions:
+            addition.remove()
 
 
 class _OwnGroup:

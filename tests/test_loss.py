@@ -11,7 +11,7 @@ from test_cost import Allocations
 from torch import nn
 
 from hf_partial_embed import PartialEmbeddingError, SplitEmbedding, SplitLinear, loss
-from hf_partial_embed.loss import linear_cross_entropy
+from hf_partial_embed.loss import linear_cross_entropy, linear_log_probs
 
 VOCABULARY, WIDTH, POSITIONS = 90, 16, 41
 IDS = {"appended": range(VOCABULARY - 6, VOCABULARY), "scattered": [7, 3, 50, 89]}
@@ -98,6 +98,21 @@ def test_options_are_those_of_the_plain_loss(options):
         gradients(linear_cross_entropy(hidden, head, target, **options), hidden, rows), expected, strict=True
     ):
         torch.testing.assert_close(value, other, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("where", IDS)
+def test_log_probs_of_single_positions_and_their_gradients(where):
+    head, rows = make_head(where, bias=True)
+    hidden, target = batch()
+    target = target.clamp(min=0)
+    weights = torch.rand(2, POSITIONS, dtype=torch.float64)
+    transform = lambda logits: logits * 0.5  # noqa: E731
+    log_probs = transform(head(hidden)).log_softmax(1)
+    expected = (weights[0] * log_probs.gather(1, target[:, None])[:, 0] + weights[1] * log_probs.sum(1)).sum()
+    picked, total = linear_log_probs(hidden, head, target, transform=transform)
+    value = (weights[0] * picked + weights[1] * total).sum()
+    for one, other in zip(gradients(value, hidden, rows), gradients(expected, hidden, rows), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_a_head_without_trainable_rows_passes_its_gradient_to_the_hidden_states():
