@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .loss import linear_cross_entropy
     from .mask import mask_gradients
     from .partial import PartialEmbedding, TokenRows
+    from .prefix import FrozenPrefix
     from .split import SplitEmbedding, SplitLinear
     from .trainer import PartialEmbeddingCallback
 
@@ -27,6 +28,7 @@ _NAMES = {
     "TokenRows": "partial",
     "PartialEmbeddingCallback": "trainer",
     "ChunkedLoss": "chunked_loss",
+    "FrozenPrefix": "prefix",
     "linear_cross_entropy": "loss",
     "verify_checkpoint": "checkpoints",
     "mask_gradients": "mask",
@@ -38,6 +40,7 @@ _NAMES = {
 
 __all__ = [
     "ChunkedLoss",
+    "FrozenPrefix",
     "FrozenRowsChangedError",
     "PartialEmbedding",
     "PartialEmbeddingCallback",

@@ -17,6 +17,7 @@ from .chunked_loss import ChunkedLoss
 from .errors import PartialEmbeddingError
 from .mask import unwrap_optimizer
 from .partial import PartialEmbedding, TokenRows
+from .prefix import FrozenPrefix
 from .rows_file import ROWS_FILE
 
 __all__ = ["PartialEmbeddingCallback"]
@@ -43,10 +44,12 @@ class PartialEmbeddingCallback(TrainerCallback):
         chunked_loss (`bool`): whether to compute the loss of training steps in chunks of positions, so that
             neither all logits nor a gradient of the table's size exist; see `ChunkedLoss`. The same gradients, in
             less memory. Evaluation has its logits as always.
+        frozen_prefix (`bool`): whether to build no graph for what comes before the first new token of a batch, where
+            all but the rows is frozen; see `FrozenPrefix`. The same gradients, in less time and memory.
 
     Raises:
-        `PartialEmbeddingError`: a negative rate or decay; a model that cannot have a chunked loss; when training
-            begins, rows that are not in the optimizer.
+        `PartialEmbeddingError`: a negative rate or decay; a model that cannot have a chunked loss, or that has no
+            split input embeddings for a frozen prefix; when training begins, rows that are not in the optimizer.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class PartialEmbeddingCallback(TrainerCallback):
         verify: bool = True,
         save_rows: bool = True,
         chunked_loss: bool = False,
+        frozen_prefix: bool = False,
     ) -> None:
         self.partials = [partial] if isinstance(partial, PartialEmbedding) else list(partial)
         for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
@@ -68,6 +72,7 @@ class PartialEmbeddingCallback(TrainerCallback):
         self.verify = verify
         self.save_rows = save_rows
         self.chunked_loss = chunked_loss
+        self.frozen_prefix = frozen_prefix
         self._additions = self._make_additions()
         self._hooks: list[Any] = []
 
@@ -76,6 +81,8 @@ class PartialEmbeddingCallback(TrainerCallback):
         additions: list[Addition] = []
         if self.chunked_loss:
             additions.append(ChunkedLoss(self.partials[0].model, outer=outer, keep_logits=smoothing))
+        if self.frozen_prefix:
+            additions.append(FrozenPrefix(self.partials[0].model))
         return additions
 
     def on_train_begin(
