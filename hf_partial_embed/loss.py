@@ -174,9 +174,10 @@ class _ChunkedLoss(torch.autograd.Function):
                 grad.sub_(label_smoothing / size)
             grad.scatter_add_(1, labels, grad.new_full((1, 1), label_smoothing - 1).expand_as(labels))
             grad = chunks.of_raw_logits(grad)
+            grad_new = row_columns(grad, index, ids)
             if grad_x is not None:
-                grad_x[positions] = head_gradient(grad, weight, rows, index, ids)
-            _add_row_gradients(grad, part, head, grad_rows, grad_bias)
+                grad_x[positions] = head_gradient(grad, grad_new, weight, rows, index, ids)
+            _add_row_gradients(grad_new, part, grad_rows, grad_bias)
         # No position at all: NaN, as 0 / 0 is in F.cross_entropy.
         scale = 1.0 if reduction == "sum" else (1 / len(target) if len(target) else float("nan"))
         ctx.save_for_backward(grad_x, grad_rows, grad_bias)
@@ -226,9 +227,10 @@ class _ChunkedLogProbs(torch.autograd.Function):
             grad.mul_(-one - every * weight.shape[0]).add_(every)
             grad.scatter_add_(1, target[span].unsqueeze(1), one)
             grad = chunks.of_raw_logits(grad)
+            grad_new = row_columns(grad, ctx.index, ids)
             if grad_x is not None:
-                grad_x[span] = head_gradient(grad, weight, rows, ctx.index, ids)
-            _add_row_gradients(grad, x[span], head, grad_rows, grad_bias)
+                grad_x[span] = head_gradient(grad, grad_new, weight, rows, ctx.index, ids)
+            _add_row_gradients(grad_new, x[span], grad_rows, grad_bias)
         grad_rows, grad_bias = (None if sums is None else sums.to(x.dtype) for sums in (grad_rows, grad_bias))
         return grad_x, None, None, grad_rows, grad_bias, *[None] * 4
 
@@ -264,12 +266,7 @@ class _Chunks:
         return grad if grad.dtype == self._logits.dtype else self._logits[: len(grad)].copy_(grad)
 
 
-def _add_row_gradients(
-    grad: Tensor, part: Tensor, head: HeadOperands, grad_rows: Tensor | None, grad_bias: Tensor | None
-) -> None:
-    if grad_rows is None and grad_bias is None:
-        return
-    grad_new = row_columns(grad, head.row_index, head.ids)
+def _add_row_gradients(grad_new: Tensor, part: Tensor, grad_rows: Tensor | None, grad_bias: Tensor | None) -> None:
     if grad_rows is not None:
         grad_rows += grad_new.t() @ part
     if grad_bias is not None:

@@ -201,12 +201,15 @@ def head_logits(x: Tensor, head: HeadOperands, out: Tensor | None = None) -> Ten
     return out if ids is None else out.index_copy_(1, ids, _affine(x, rows, bias_rows))
 
 
-def head_gradient(grad: Tensor, weight: Tensor, rows: Tensor, index: RowIndex, ids: Tensor | None) -> Tensor:
-    """The gradient of the hidden states, `(N, dim)`, from that of the logits, `(N, V)`."""
+def head_gradient(
+    grad: Tensor, grad_new: Tensor, weight: Tensor, rows: Tensor, index: RowIndex, ids: Tensor | None
+) -> Tensor:
+    """The gradient of the hidden states, `(N, dim)`, from that of the logits, `(N, V)`, and its `row_columns`."""
     if ids is not None:
         # The product with the whole table counts the table's own values at the trainable ids.
-        return torch.addmm(grad @ weight, row_columns(grad, index, ids), rows - weight.index_select(0, ids))
-    grad_x = row_columns(grad, index, ids) @ rows
+        difference = weight.index_select(0, ids).neg_().add_(rows)
+        return torch.addmm(grad @ weight, grad_new, difference)
+    grad_x = grad_new @ rows
     for start, stop in ((0, index.start), (index.stop, weight.shape[0])):
         if stop > start:
             grad_x = grad_x.addmm(grad[:, start:stop], weight[start:stop])
@@ -243,8 +246,8 @@ class _LinearPieces(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rows, ids = ctx.saved_tensors
-        grad_x = head_gradient(grad, weight, rows, ctx.index, ids) if ctx.needs_input_grad[0] else None
         grad_new = row_columns(grad, ctx.index, ids)
+        grad_x = head_gradient(grad, grad_new, weight, rows, ctx.index, ids) if ctx.needs_input_grad[0] else None
         grad_rows = grad_new.t() @ x if ctx.needs_input_grad[3] else None
         grad_bias = grad_new.sum(0) if ctx.has_bias_rows and ctx.needs_input_grad[4] else None
         return grad_x, None, None, grad_rows, grad_bias, None, None

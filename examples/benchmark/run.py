@@ -1,8 +1,9 @@
 """What training new token rows costs: this package against full training, a mask, PEFT and the frozen limit.
 
-One command prints all tables and writes them as JSON and as a picture. Times are medians of ratios within one
-run in which the ways take turns, on a CPU of processor time, which other processes do not lengthen; bytes are counted at every allocation; peaks are the allocator's. It runs on a
-CPU, or with the same command on a GPU where there is one, with larger shapes. Nothing is downloaded.
+One command prints all tables and writes them as JSON and as a picture. Times are medians of ratios within one run
+in which the ways take turns, on a CPU of processor time, which other processes hardly lengthen; bytes are counted at
+every allocation; peaks are the allocator's. It runs on a CPU, or with the same command on a GPU where there is one,
+with larger shapes. Nothing is downloaded.
 """
 
 from __future__ import annotations

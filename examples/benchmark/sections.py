@@ -129,18 +129,21 @@ def prefix(model: Any, tokenizer: Any, positions: int, device: torch.device, rep
 
 
 def adding(shape: Shape, device: torch.device, repetitions: int) -> Rows:
-    """Adding tokens to a model, against `resize_token_embeddings`, in seconds of processor time."""
+    """Adding tokens to a model, against `resize_token_embeddings`."""
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     seconds: dict[str, list[float]] = {"add_tokens": [], "resize_token_embeddings": [], "without mean_resizing": []}
     for _ in range(repetitions):
         for name, times in seconds.items():
             model, tokenizer = build(shape, device)
-            start = time.process_time()
+            start = clock()
             if name == "add_tokens":
                 add_tokens(model, tokenizer, new_tokens(shape))
             else:
                 tokenizer.add_tokens(list(new_tokens(shape)))
                 model.resize_token_embeddings(len(tokenizer), mean_resizing=name == "resize_token_embeddings")
-            times.append(time.process_time() - start)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(clock() - start)
             del model, tokenizer
             gc.collect()
     ratios = {
