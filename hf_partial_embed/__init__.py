@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import add_tokens, load_tokens, train_tokens
     from .checkpoints import verify_checkpoint
+    from .chunked_loss import ChunkedLoss
     from .errors import FrozenRowsChangedError, PartialEmbeddingError
+    from .loss import linear_cross_entropy
     from .mask import mask_gradients
     from .partial import PartialEmbedding, TokenRows
+    from .prefix import FrozenPrefix
     from .split import SplitEmbedding, SplitLinear
     from .trainer import PartialEmbeddingCallback
 
@@ -24,6 +27,9 @@ _NAMES = {
     "PartialEmbedding": "partial",
     "TokenRows": "partial",
     "PartialEmbeddingCallback": "trainer",
+    "ChunkedLoss": "chunked_loss",
+    "FrozenPrefix": "prefix",
+    "linear_cross_entropy": "loss",
     "verify_checkpoint": "checkpoints",
     "mask_gradients": "mask",
     "SplitEmbedding": "split",
@@ -33,6 +39,8 @@ _NAMES = {
 }
 
 __all__ = [
+    "ChunkedLoss",
+    "FrozenPrefix",
     "FrozenRowsChangedError",
     "PartialEmbedding",
     "PartialEmbeddingCallback",
@@ -41,6 +49,7 @@ __all__ = [
     "SplitLinear",
     "TokenRows",
     "add_tokens",
+    "linear_cross_entropy",
     "load_tokens",
     "mask_gradients",
     "train_tokens",

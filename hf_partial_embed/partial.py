@@ -14,6 +14,7 @@ import torch
 from tokenizers import AddedToken
 from torch import Tensor, nn
 
+from .additions import remove_additions
 from .attachment import Attachment
 from .errors import PartialEmbeddingError, count, shorten
 from .hub import locate_rows, merged_card, rows_card, upload, write_card
@@ -219,6 +220,7 @@ class PartialEmbedding:
             The model, an ordinary one. The tokenizer keeps the tokens.
         """
         self._require_attached("merge")
+        remove_additions(self.model)
         self._attachment.merge()
         return self.model
 
@@ -232,6 +234,7 @@ class PartialEmbedding:
         """
         self._require_attached("detach")
         rows = self.token_rows()
+        remove_additions(self.model)
         self._attachment.detach()
         return rows
 

@@ -69,7 +69,7 @@ class RowIndex:
         self.ids = tuple(ids)
         self.base_size = base_size
         self.row_of = {token_id: row for row, token_id in enumerate(self.ids)}
-        self.start = self.ids[0]
+        self.start = self.ids[0] if self.ids else base_size
         self.stop = self.start + len(self.ids)
         self.contiguous = self.ids == tuple(range(self.start, self.stop))
         self.appended = self.contiguous and self.start >= base_size

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,18 @@ from torch import Tensor, nn
 from .errors import PartialEmbeddingError, shorten
 from .rows import ForwardScope, NewRows, PartialModule, RowIndex, RowSource, TableProperty, apply
 
-__all__ = ["SplitEmbedding", "SplitLinear", "check_ids", "split_class", "split_module", "unsplit_module"]
+__all__ = [
+    "HeadOperands",
+    "SplitEmbedding",
+    "SplitLinear",
+    "check_ids",
+    "head_gradient",
+    "head_logits",
+    "row_columns",
+    "split_class",
+    "split_module",
+    "unsplit_module",
+]
 
 
 class SplitEmbedding(PartialModule, nn.Embedding):
@@ -141,12 +152,81 @@ class SplitEmbedding(PartialModule, nn.Embedding):
         return torch.where(is_new.unsqueeze(-1), new.to(old.dtype), old)
 
 
-class _LinearPieces(torch.autograd.Function):
+class HeadOperands(NamedTuple):
+    """What the logits of a head with trainable rows are computed from, all in one dtype.
+
+    Attributes:
+        weight (`torch.Tensor` of shape `(V, dim)`): the table, detached.
+        bias (`torch.Tensor` of shape `(V,)`, *optional*): detached.
+        rows (`torch.Tensor` of shape `(K, dim)`): the rows that train.
+        bias_rows (`torch.Tensor` of shape `(K,)`, *optional*): their entries of the bias.
+        row_index: which ids they have.
+        ids (`torch.Tensor` of shape `(K,)`, *optional*): the same as a tensor; `None` where appended.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    rows: Tensor
+    bias_rows: Tensor | None
+    row_index: RowIndex
+    ids: Tensor | None
+
+
+def head_logits(x: Tensor, head: HeadOperands, out: Tensor | None = None) -> Tensor:
     """Logits from a frozen weight and trainable rows, each written once, to its place in the output.
 
-    `cat` would write them twice, and a product with the whole table would need a `[V, dim]` gradient.
-    The frozen columns come from a product of their own, which keeps them equal to the bit to those of
-    a head without new rows.
+    Args:
+        x (`torch.Tensor` of shape `(N, dim)`): hidden states.
+        head: the head.
+        out (`torch.Tensor` of shape `(N, V)`, *optional*): where to write them.
+    """
+    weight, bias, rows, bias_rows, index, ids = head
+    # The old columns come from a product of the size that it had before the table grew: another size
+    # may be split among kernels and threads in another way, with other last bits.
+    cuts = [0, index.base_size, weight.shape[0]]
+    if index.appended:
+        cuts = [0, index.base_size, index.start, index.stop, weight.shape[0]]
+    pieces = []
+    for start, stop in pairwise(cuts):
+        if index.appended and start == index.start < stop:
+            pieces.append((start, stop, rows, bias_rows))
+        elif start < stop:
+            pieces.append((start, stop, weight[start:stop], None if bias is None else bias[start:stop]))
+    if torch.compiler.is_compiling():  # the compiler takes no strided `out`, and fuses the copy
+        out = torch.cat([_affine(x, part, bias_part) for _, _, part, bias_part in pieces], 1)
+    else:
+        out = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
+        for start, stop, part, bias_part in pieces:
+            _affine(x, part, bias_part, out=out[:, start:stop])
+    return out if ids is None else out.index_copy_(1, ids, _affine(x, rows, bias_rows))
+
+
+def head_gradient(
+    grad: Tensor, grad_new: Tensor, weight: Tensor, rows: Tensor, index: RowIndex, ids: Tensor | None
+) -> Tensor:
+    """The gradient of the hidden states, `(N, dim)`, from that of the logits, `(N, V)`, and its `row_columns`."""
+    if ids is not None:
+        # The product with the whole table counts the table's own values at the trainable ids.
+        difference = weight.index_select(0, ids).neg_().add_(rows)
+        return torch.addmm(grad @ weight, grad_new, difference)
+    grad_x = grad_new @ rows
+    for start, stop in ((0, index.start), (index.stop, weight.shape[0])):
+        if stop > start:
+            grad_x = grad_x.addmm(grad[:, start:stop], weight[start:stop])
+    return grad_x
+
+
+def row_columns(grad: Tensor, index: RowIndex, ids: Tensor | None) -> Tensor:
+    """The columns of the trainable rows, `(N, K)`."""
+    return grad[:, index.start : index.stop] if ids is None else grad.index_select(1, ids)
+
+
+class _LinearPieces(torch.autograd.Function):
+    """`head_logits`, with a gradient for the hidden states and the trainable rows.
+
+    `cat` would write the logits twice, and a product with the whole table would need a `[V, dim]`
+    gradient. The frozen columns come from a product of their own, which keeps them equal to the bit to
+    those of a head without new rows.
     """
 
     @staticmethod
@@ -154,24 +234,7 @@ class _LinearPieces(torch.autograd.Function):
         x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, bias_rows: Tensor | None,
         index: RowIndex, ids: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        # The old columns come from a product of the size that it had before the table grew: another size
-        # may be split among kernels and threads in another way, with other last bits.
-        cuts = [0, index.base_size, weight.shape[0]]
-        if index.appended:
-            cuts = [0, index.base_size, index.start, index.stop, weight.shape[0]]
-        pieces = []
-        for start, stop in pairwise(cuts):
-            if index.appended and start == index.start < stop:
-                pieces.append((start, stop, rows, bias_rows))
-            elif start < stop:
-                pieces.append((start, stop, weight[start:stop], None if bias is None else bias[start:stop]))
-        if torch.compiler.is_compiling():  # the compiler takes no strided `out`, and fuses the copy
-            out = torch.cat([_affine(x, part, bias_part) for _, _, part, bias_part in pieces], 1)
-        else:
-            out = x.new_empty(x.shape[0], weight.shape[0])
-            for start, stop, part, bias_part in pieces:
-                _affine(x, part, bias_part, out=out[:, start:stop])
-        return out if ids is None else out.index_copy_(1, ids, _affine(x, rows, bias_rows))
+        return head_logits(x, HeadOperands(weight, bias, rows, bias_rows, index, ids))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -183,18 +246,8 @@ class _LinearPieces(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rows, ids = ctx.saved_tensors
-        index = ctx.index
-        grad_new = grad[:, index.start : index.stop] if ids is None else grad.index_select(1, ids)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            if ids is None:
-                grad_x = grad_new @ rows
-                for start, stop in ((0, index.start), (index.stop, weight.shape[0])):
-                    if stop > start:
-                        grad_x = grad_x.addmm(grad[:, start:stop], weight[start:stop])
-            else:
-                # The product with the whole table counts the table's own values at the trainable ids.
-                grad_x = torch.addmm(grad @ weight, grad_new, rows - weight.index_select(0, ids))
+        grad_new = row_columns(grad, ctx.index, ids)
+        grad_x = head_gradient(grad, grad_new, weight, rows, ctx.index, ids) if ctx.needs_input_grad[0] else None
         grad_rows = grad_new.t() @ x if ctx.needs_input_grad[3] else None
         grad_bias = grad_new.sum(0) if ctx.has_bias_rows and ctx.needs_input_grad[4] else None
         return grad_x, None, None, grad_rows, grad_bias, None, None
@@ -273,34 +326,44 @@ class SplitLinear(PartialModule, nn.Linear):
             `torch.Tensor` of shape `(..., out_features)`: the outputs of the frozen rows are equal to
             the bit to those of the module without trainable rows.
         """
+        head = self.operands(input)
+        if head is None:
+            weight = self._parameters["weight"]
+            assert weight is not None
+            return F.linear(input, weight, self.bias)
+        x = input.to(head.weight.dtype) if torch.is_autocast_enabled(input.device.type) else input
+        out = apply(_LinearPieces, x.reshape(-1, x.shape[-1]), *head)
+        return out.view(*input.shape[:-1], head.weight.shape[0])
+
+    def operands(self, input: Tensor) -> HeadOperands | None:
+        """What the logits of `input` are computed from, in the dtype that autocast asks for, if it is on.
+
+        `None` where only the bias has trainable rows.
+        """
         source = self._row_sources.get("weight")
         weight = self._parameters["weight"]
         bias: Tensor | None = self._parameters["bias"]
         assert weight is not None
-        if source is None:  # only the bias has trainable rows
-            return F.linear(input, weight, self.bias)
+        if source is None:
+            return None
         rows: Tensor = source.rows()
         bias_rows: Tensor | None = None
         if bias is not None:
             bias_source = self._row_sources.get("bias")
             ids = source.ids(bias.device)
             bias_rows = bias.index_select(0, ids) if bias_source is None else bias_source.rows()
-        x, table = input, weight.detach()
+        table = weight.detach()
         if torch.is_autocast_enabled(input.device.type):
             dtype = torch.get_autocast_dtype(input.device.type)
-            x, table, bias = x.to(dtype), table.to(dtype), None if bias is None else bias.to(dtype)
-        rows = rows.to(table.dtype)
-        out = apply(
-            _LinearPieces,
-            x.reshape(-1, x.shape[-1]),
+            table, bias = table.to(dtype), None if bias is None else bias.to(dtype)
+        return HeadOperands(
             table,
             None if bias is None else bias.detach(),
-            rows,
+            rows.to(table.dtype),
             None if bias_rows is None else bias_rows.to(table.dtype),
             source.index,
             None if source.index.appended else source.ids(table.device),
         )
-        return out.view(*input.shape[:-1], weight.shape[0])
 
 
 def split_class(base: type[nn.Module], names: Iterable[str]) -> type[Any]:

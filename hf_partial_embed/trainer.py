@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,13 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from .additions import Addition
+from .chunked_loss import ChunkedLoss
 from .diagnostics import RowDiagnostics
 from .errors import PartialEmbeddingError
 from .mask import unwrap_optimizer
 from .partial import PartialEmbedding, TokenRows
+from .prefix import FrozenPrefix
 from .rows_file import ROWS_FILE
 
 __all__ = ["PartialEmbeddingCallback"]
@@ -44,10 +47,15 @@ class PartialEmbeddingCallback(TrainerCallback):
         diagnostics (`bool`): whether to add norms, counts and leak of the rows to what the Trainer logs,
             under `rows/...`, and to warn after the first epoch of tokens that the data lacks; see
             `RowDiagnostics`. For a reporter such as TensorBoard call `log_first(trainer)`, too.
+        chunked_loss (`bool`): whether to compute the loss of training steps in chunks of positions, so that
+            neither all logits nor a gradient of the table's size exist; see `ChunkedLoss`. The same gradients, in
+            less memory. Evaluation has its logits as always.
+        frozen_prefix (`bool`): whether to build no graph for what comes before the first new token of a batch, where
+            all but the rows is frozen; see `FrozenPrefix`. The same gradients, in less time and memory.
 
     Raises:
-        `PartialEmbeddingError`: a negative rate or decay; when training begins, rows that are not in
-            the optimizer.
+        `PartialEmbeddingError`: a negative rate or decay; a model that cannot have a chunked loss, or that has no
+            split input embeddings for a frozen prefix; when training begins, rows that are not in the optimizer.
     """
 
     def __init__(
@@ -59,6 +67,8 @@ class PartialEmbeddingCallback(TrainerCallback):
         verify: bool = True,
         save_rows: bool = True,
         diagnostics: bool = True,
+        chunked_loss: bool = False,
+        frozen_prefix: bool = False,
     ) -> None:
         self.partials = [partial] if isinstance(partial, PartialEmbedding) else list(partial)
         for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
@@ -69,6 +79,9 @@ class PartialEmbeddingCallback(TrainerCallback):
         self.verify = verify
         self.save_rows = save_rows
         self.diagnostics = [RowDiagnostics(partial) for partial in self.partials] if diagnostics else []
+        self.chunked_loss = chunked_loss
+        self.frozen_prefix = frozen_prefix
+        self._additions = self._make_additions()
         self._hooks: list[Any] = []
 
     def log_first(self, trainer: Any) -> None:
@@ -88,6 +101,15 @@ class PartialEmbeddingCallback(TrainerCallback):
                 "use_liger_kernel=True needs Triton, which is not installed here (it runs on GPUs): Liger's fused "
                 "loss cannot be used. Switch it off: TrainingArguments(use_liger_kernel=False)."
             )
+
+    def _make_additions(self, outer: Sequence[nn.Module] = (), smoothing: bool = False) -> list[Addition]:
+        """What is put on the model while it trains; what it cannot have is refused here."""
+        additions: list[Addition] = []
+        if self.chunked_loss:
+            additions.append(ChunkedLoss(self.partials[0].model, outer=outer, keep_logits=smoothing))
+        if self.frozen_prefix:
+            additions.append(FrozenPrefix(self.partials[0].model))
+        return additions
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -118,6 +140,9 @@ class PartialEmbeddingCallback(TrainerCallback):
             optimizer.register_step_post_hook(steps.after),
             optimizer.register_state_dict_post_hook(_ExactRows(exact).store),
         ]
+        self._additions = self._make_additions([kwargs["model"]], smoothing=args.label_smoothing_factor > 0)
+        for addition in self._additions:
+            addition.install()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -182,6 +207,8 @@ class PartialEmbeddingCallback(TrainerCallback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        for addition in self._additions:
+            addition.remove()
 
 
 def _will_log(args: TrainingArguments, state: TrainerState) -> bool:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from conftest import bpe_tokenizer, build_model
 from torch import nn
@@ -91,6 +92,35 @@ def test_extra_bytes_of_a_step_do_not_grow_with_the_vocabulary(tied):
     assert extra[1000] == extra[4000]
 
 
+def extra_bytes(new: int, *, tied: bool, where: str = "appended", positions: int = POSITIONS) -> int:
+    """Bytes that a step of embedding and head allocates beyond one of the same tables, frozen."""
+    size = VOCABULARY + new
+    embedding, head = modules(tied, size)
+    batch = torch.randint(0, size, (positions,))
+    frozen = step(*(copy.deepcopy(m).requires_grad_(False) for m in (embedding, head)), batch)
+    ids = range(VOCABULARY, size) if where == "appended" else range(0, 2 * new, 2)
+    options = {"base_size": VOCABULARY if where == "appended" else size}
+    split = SplitEmbedding(embedding, trainable_ids=ids, **options)
+    options = {"tied_to": split} if tied else {"trainable_ids": ids, **options}
+    return sum(step(split, SplitLinear(head, **options), batch).sizes) - sum(frozen.sizes)
+
+
+def test_extra_bytes_of_a_step_are_the_gradients_of_the_rows(tied):
+    # One for the lookup, one for the head, and where it is tied their sum; the logits' columns are there anyway.
+    per_row = (3 if tied else 2) * WIDTH * 4
+    few, many, most = (extra_bytes(new, tied=tied) for new in (8, 512, 2048))
+    assert (many - few, most - many) == (per_row * 504, per_row * 1536)
+    # What remains is a few tensors of the size of the hidden states.
+    assert few - per_row * 8 < 6 * POSITIONS * WIDTH * 4
+
+
+def test_extra_bytes_for_scattered_rows_stay_within_four_gradients_and_their_columns(tied):
+    few, many = (extra_bytes(new, tied=tied, where="scattered") for new in (64, 1024))
+    columns = 2 * POSITIONS * 4  # of the logits and of their gradient
+    indices = 8 * 8
+    assert many - few <= 960 * (16 * WIDTH + columns + indices)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma", "phi", "gpt2", "bert", "t5"])
 def test_training_a_model_allocates_nothing_of_the_tables_size(kind, tied):
     tokenizer = bpe_tokenizer()
@@ -119,3 +149,19 @@ def test_adding_tokens_copies_the_table_once(tied, monkeypatch):
         add_tokens(model, tokenizer, ["<a>", "<b>"])
     large = [size for size, name in zip(counted.sizes, counted.names, strict=True) if size >= table]
     assert len(large) == (1 if tied else 2), list(zip(counted.sizes, counted.names, strict=True))[:50]
+
+
+def test_a_compiled_model_is_one_graph_for_all_batch_shapes(tied):
+    model = build_model("llama", tied=tied).requires_grad_(False)
+    partial = add_tokens(model, bpe_tokenizer(), ["<a>", "<b>"])
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    counts = []
+    for shape in ((2, 6), (3, 9), (5, 12)):
+        ids = torch.randint(4, 290, shape)
+        ids[:, 2] = partial.token_ids[0]
+        compiled(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[-1] > 0  # nothing was compiled for the shapes after the first
+    assert all(rows.grad is not None for rows in partial.parameters())

@@ -1,0 +1,199 @@
+"""What is measured: one function for each table, which gives its rows."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measure import allocated_bytes, kept_bytes, peak_bytes, time_ratios
+from methods import FROZEN, METHODS, Prepared, Shape, build, new_tokens, prepare, saved_bytes
+from torch import nn
+
+from hf_partial_embed import ChunkedLoss, FrozenPrefix, SplitLinear, add_tokens, linear_cross_entropy
+
+Rows = list[dict[str, Any]]
+
+
+def _step(prepared: Prepared, ids: torch.Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+    """Forward and backward; with the optimizer's step where there is one."""
+    prepared.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    if optimizer is not None:
+        optimizer.step()
+    for parameter in prepared.parameters:
+        parameter.grad = None
+
+
+def training(shape: Shape, device: torch.device, repetitions: int) -> Rows:
+    """A training step by each method: forward and backward, and with AdamW's step."""
+    ids = torch.randint(0, shape.vocabulary + shape.tokens, (1, shape.positions), device=device)
+    passes: dict[str, Callable[[], object]] = {}
+    steps: dict[str, Callable[[], object]] = {}
+    rows: Rows = []
+    for method in METHODS:
+        prepared = prepare(method, shape, device)
+        optimizer = torch.optim.AdamW(prepared.parameters, lr=1e-3) if prepared.parameters else None
+        prepared.protect(optimizer)
+        passes[method] = lambda prepared=prepared: _step(prepared, ids, None)  # type: ignore[misc]
+        steps[method] = lambda prepared=prepared, optimizer=optimizer: _step(prepared, ids, optimizer)  # type: ignore[misc]
+        steps[method]()  # the optimizer's state is made in the first step
+        rows.append({
+            "method": method,
+            "trainable": sum(parameter.numel() for parameter in prepared.parameters),
+            "MB allocated": allocated_bytes(passes[method]) / 1e6,
+            "peak MB": peak_bytes(passes[method], device) / 1e6,
+            "saved MB": saved_bytes(prepared.save) / 1e6 if method != FROZEN else None,
+        })  # fmt: skip
+    limit = rows[0]["MB allocated"]
+    pass_times = time_ratios(passes, repetitions, device, FROZEN)
+    step_times = time_ratios(steps, repetitions, device, FROZEN)
+    for row in rows:
+        row["MB allocated beyond"] = row.pop("MB allocated") - limit
+        row["forward+backward"] = pass_times[row["method"]]["ratio"]
+        row["step"] = step_times[row["method"]]["ratio"]
+    return rows
+
+
+def loss(shape: Shape, device: torch.device, repetitions: int) -> Rows:
+    """Head and cross-entropy, forward and backward: the plain loss and the chunked one."""
+    torch.manual_seed(0)
+    size, dtype = shape.vocabulary + shape.tokens, getattr(torch, shape.dtype)
+    linear = nn.Linear(shape.width, size, bias=False, device=device, dtype=dtype)
+    ids = range(shape.vocabulary, size)
+    head = SplitLinear(linear, trainable_ids=ids, base_size=shape.vocabulary, dtype=torch.float32)
+    hidden = torch.randn(shape.positions, shape.width, device=device, dtype=dtype, requires_grad=True)
+    target = torch.randint(0, size, (shape.positions,), device=device)
+    ways: dict[str, Callable[[], object]] = {
+        "plain": lambda: F.cross_entropy(head(hidden).float(), target).backward(),
+        "chunked": lambda: linear_cross_entropy(hidden, head, target).backward(),
+    }
+    times = time_ratios(ways, repetitions, device, "plain")
+    rows: Rows = []
+    for name, way in ways.items():
+        hidden.grad = None
+        for parameter in head.parameters():
+            parameter.grad = None
+        rows.append({"loss": name, "forward+backward": times[name]["ratio"], "peak MB": peak_bytes(way, device) / 1e6})
+    return rows
+
+
+def prefix(model: Any, tokenizer: Any, positions: int, device: torch.device, repetitions: int) -> Rows:
+    """A real model with the first new token at half of its positions: with and without a graph before it."""
+    partial = add_tokens(model.requires_grad_(False), tokenizer, [f"<new{number}>" for number in range(100)])
+    model.train()
+    torch.manual_seed(0)
+    ids = torch.randint(10, partial.token_ids[0], (1, positions), device=device)
+    new = ids[0, positions // 2 :: 16]
+    new.copy_(torch.randint(partial.token_ids[0], partial.token_ids[-1] + 1, new.shape))
+    rows = list(partial.parameters())
+    additions: dict[str, list[Any]] = {
+        "split": [],
+        "frozen prefix": [FrozenPrefix(model)],
+        "chunked loss": [ChunkedLoss(model)],
+        "both": [FrozenPrefix(model), ChunkedLoss(model)],
+    }
+
+    @contextlib.contextmanager
+    def on(name: str) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for addition in additions[name]:
+                stack.enter_context(addition)
+            yield
+
+    def gradients(name: str) -> list[torch.Tensor]:
+        with on(name):
+            return list(torch.autograd.grad(model(input_ids=ids, labels=ids).loss, rows))
+
+    expected, table = gradients("split"), []
+    for name in additions:
+        own = gradients(name)
+        error = max(float((a - b).norm() / b.norm()) for a, b in zip(own, expected, strict=True))
+        with on(name):
+            kept = kept_bytes(lambda: model(input_ids=ids, labels=ids).loss, model)
+        table.append({"way": name, "activation MB": kept / 1e6, "gradient, relative difference": error})
+    ways = {name: (lambda name=name: gradients(name)) for name in additions}
+    times = time_ratios(ways, repetitions, device, "split")
+    for row in table:
+        row["step"] = times[row["way"]]["ratio"]
+        row["activation memory"] = row["activation MB"] / table[0]["activation MB"]
+    partial.detach()
+    return table
+
+
+def adding(shape: Shape, device: torch.device, repetitions: int) -> Rows:
+    """Adding tokens to a model, against `resize_token_embeddings`."""
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    seconds: dict[str, list[float]] = {"add_tokens": [], "resize_token_embeddings": [], "without mean_resizing": []}
+    for _ in range(repetitions):
+        for name, times in seconds.items():
+            model, tokenizer = build(shape, device)
+            start = clock()
+            if name == "add_tokens":
+                add_tokens(model, tokenizer, new_tokens(shape))
+            else:
+                tokenizer.add_tokens(list(new_tokens(shape)))
+                model.resize_token_embeddings(len(tokenizer), mean_resizing=name == "resize_token_embeddings")
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(clock() - start)
+            del model, tokenizer
+            gc.collect()
+    ratios = {
+        name: sorted(a / b for a, b in zip(times, seconds["add_tokens"], strict=True))
+        for name, times in seconds.items()
+    }
+    return [
+        {"way": name, "seconds": sorted(times)[len(times) // 2], "ratio": ratios[name][len(times) // 2]}
+        for name, times in seconds.items()
+    ]
+
+
+@torch.no_grad()
+def generating(shape: Shape, device: torch.device, repetitions: int) -> Rows:
+    """Greedy generation of 16 tokens: merged, rows attached, and PEFT with its adapter attached."""
+    split = prepare("split", shape, device).model.eval()
+    merged, tokenizer = build(shape, device)
+    merged = add_tokens(merged, tokenizer, new_tokens(shape)).merge().eval()
+    peft = prepare("PEFT TrainableTokens", shape, device).model.eval()
+    ids = torch.randint(10, shape.vocabulary, (1, 32), device=device)
+    options = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    ways = {
+        name: (lambda model=model: model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options))
+        for name, model in {"merged": merged, "split": split, "PEFT TrainableTokens": peft}.items()
+    }
+    times = time_ratios(ways, repetitions, device, "merged")
+    return [{"model": name, "ratio": times[name]["ratio"]} for name in ways]
+
+
+def compiled(shape: Shape, device: torch.device, repetitions: int) -> Rows:
+    """`torch.compile(fullgraph=True, dynamic=True)`, forward and backward over three batch shapes."""
+    batches = [torch.randint(0, shape.vocabulary, (2, shape.positions + extra), device=device) for extra in (0, 3, 8)]
+    ways: dict[str, Callable[[], object]] = {}
+    rows: Rows = []
+    for method in (FROZEN, "split"):
+        torch._dynamo.utils.counters.clear()
+        prepared = prepare("split", shape, device)
+        if method == FROZEN:
+            prepared.model.requires_grad_(False)
+        model = torch.compile(prepared.model, fullgraph=True, dynamic=True)
+
+        def run(model: Any = model, prepared: Prepared = prepared, frozen: bool = method == FROZEN) -> None:
+            for ids in batches:
+                inputs = {"input_ids": ids}
+                if frozen:  # the backward runs all the way to the hidden states, as it does with rows
+                    inputs = {"inputs_embeds": prepared.model.get_input_embeddings()(ids).detach().requires_grad_()}
+                model(**inputs, labels=ids, use_cache=False).loss.backward()
+            for parameter in prepared.parameters:
+                parameter.grad = None
+
+        run()
+        rows.append({"model": method, "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]})
+        ways[method] = run
+    times = time_ratios(ways, repetitions, device, FROZEN)
+    for row in rows:
+        row["forward+backward"] = times[row["model"]]["ratio"]
+    return rows
