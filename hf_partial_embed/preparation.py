@@ -70,6 +70,7 @@ def initial_values(
     sources = [start if isinstance(start, str) else text for text, start in zip(texts, given, strict=True)]
     all_pieces = encode_all(tokenizer, sources)
     rows = {}
+    memo: dict[str, Any] = {}
     for table in layout.tables:
         if table.role == "inert":
             continue
@@ -93,6 +94,7 @@ def initial_values(
             model=model,
             tokenizer=tokenizer,
             generator=torch.Generator().manual_seed(seed),
+            memo=memo,
         )
         values = initial_rows(init, request)
         described = [row for row, start in enumerate(given) if isinstance(start, str)]
