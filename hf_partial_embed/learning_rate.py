@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
+from .errors import PartialEmbeddingError
+from .old_rows import old_input_rows
 from .partial import PartialEmbedding
-from .table_statistics import root_mean_square, trained_mask
+from .table_statistics import root_mean_square
 
 __all__ = ["auto_learning_rate"]
 
@@ -19,11 +19,15 @@ def auto_learning_rate(partial: PartialEmbedding) -> float:
     Such an optimizer moves every number by about its learning rate in a step, so the rate has the unit of
     the rows, and what is right for a table of one size is not for another. Rows that do not belong to a
     token (spare ones, padding) do not count, nor do the trained ones.
+
+    Raises:
+        `PartialEmbeddingError`: the old rows are not here, or all zero.
     """
-    table = next(table for _, table in partial.rows_and_tables()).detach()
-    if partial.tokenizer is None:
-        mask = torch.ones(len(table), dtype=torch.bool)
-    else:
-        mask = trained_mask(len(table), partial.tokenizer, partial.tokenizer.pad_token_id)
-    mask[partial.token_ids] = False
-    return _SHARE * root_mean_square(table, mask)
+    old = old_input_rows(partial)
+    rate = 0.0 if old is None else _SHARE * root_mean_square(*old)
+    if not rate > 0:
+        raise PartialEmbeddingError(
+            f"learning_rate='auto' goes with the size of the old rows, and {type(partial.model).__name__} has none "
+            "here (other processes hold them, or they are zero). Give a number."
+        )
+    return rate

@@ -6,16 +6,18 @@ import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .errors import PartialEmbeddingError
+from .learning_rate import auto_learning_rate
 from .mask import unwrap_optimizer
 from .partial import PartialEmbedding, TokenRows
 from .rows_file import ROWS_FILE
+from .watch import RowWatch
 
 __all__ = ["PartialEmbeddingCallback"]
 
@@ -33,8 +35,9 @@ class PartialEmbeddingCallback(TrainerCallback):
 
     Args:
         partial (`PartialEmbedding`): the rows, or a list of several.
-        learning_rate (`float`, *optional*): of the rows, at the top of the Trainer's schedule; the
-            Trainer's own if not given.
+        learning_rate (`float` or `"auto"`, *optional*): of the rows, at the top of the Trainer's schedule;
+            the Trainer's own if not given. `"auto"` is 0.07 times the root mean square of the old input
+            rows, for AdamW and its like.
         weight_decay (`float`): of the rows. Decay pulls new rows towards zero, so the default is none.
         verify (`bool`): whether to compare all frozen rows with their digests when training ends.
         save_rows (`bool`): whether to write the row file beside each checkpoint.
@@ -48,19 +51,21 @@ class PartialEmbeddingCallback(TrainerCallback):
         self,
         partial: PartialEmbedding | Iterable[PartialEmbedding],
         *,
-        learning_rate: float | None = None,
+        learning_rate: float | Literal["auto"] | None = None,
         weight_decay: float = 0.0,
         verify: bool = True,
         save_rows: bool = True,
     ) -> None:
         self.partials = [partial] if isinstance(partial, PartialEmbedding) else list(partial)
         for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
-            if value is not None and not value >= 0:
+            automatic = name == "learning_rate" and value == "auto"
+            if not (value is None or automatic) and (isinstance(value, str) or not value >= 0):
                 raise PartialEmbeddingError(f"{name}={value!r} must be a number of at least 0.")
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.verify = verify
         self.save_rows = save_rows
+        self._watch: RowWatch | None = None
         self._hooks: list[Any] = []
 
     def on_train_begin(
@@ -83,12 +88,28 @@ class PartialEmbeddingCallback(TrainerCallback):
             for parameter in (partial.parameters() if _is_adapter(kwargs["model"]) else _rounded(partial))
         ]
         self._remove_hooks()
-        steps = _OwnGroup(optimizer, parameters, self.learning_rate, self.weight_decay)
+        rate = self.learning_rate
+        if rate == "auto":
+            rate = auto_learning_rate(self.partials[0])  # all of them are on one table
+            logger.info("Learning rate of the token rows: %.3g.", rate)
+        self._watch = RowWatch(self.partials)
+        self._watch.start(self.partials[0].model)
+        steps = _OwnGroup(optimizer, parameters, rate, self.weight_decay)
         self._hooks = [
             optimizer.register_step_pre_hook(steps.before),
             optimizer.register_step_post_hook(steps.after),
             optimizer.register_state_dict_post_hook(_ExactRows(exact).store),
         ]
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._watch is not None and state.logging_steps and (state.global_step + 1) % state.logging_steps == 0:
+            self._watch.measuring = True
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._watch is not None:
+            self._watch.check_norms()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.save_rows:
@@ -105,6 +126,10 @@ class PartialEmbeddingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._remove_hooks()
+        if self._watch is not None:
+            self._watch.check_norms()
+            self._watch.stop()
+            self._watch = None
         for number, partial in enumerate(self.partials):
             if args.load_best_model_at_end and state.best_model_checkpoint:
                 in_checkpoint = not _is_adapter(kwargs["model"])

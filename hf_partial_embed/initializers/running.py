@@ -96,7 +96,7 @@ class Runner:
         ids = norms.topk(min(8, len(norms))).indices
         rows, seen = table[ids].float(), self.embeddings(ids).float()
         if seen.shape == rows.shape:
-            scale = ((rows * seen).sum() / (rows * rows).sum()).item()
+            scale: float = ((rows * seen).sum() / (rows * rows).sum()).item()
             if torch.allclose(seen, scale * rows, rtol=0.02, atol=0.02 * abs(scale) * rows.abs().max().item()):
                 return scale
         raise PartialEmbeddingError(

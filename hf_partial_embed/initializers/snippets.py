@@ -73,8 +73,8 @@ def snippets_of(request: InitRequest, texts: Sequence[str], *, context: int, lim
     wholes = encode_all(request.tokenizer, ["".join(parts) for _, *parts in flat], unknown=True)
     opening = _opening(request.tokenizer)
     snippets = []
-    for entry, before, after, whole in zip(flat, befores, afters, wholes, strict=True):
-        snippet = _align(entry[0], opening, before, after, whole, context)
+    for entry, lead, tail, whole in zip(flat, befores, afters, wholes, strict=True):
+        snippet = _align(entry[0], opening, lead, tail, whole, context)
         if snippet is not None:
             snippets.append(snippet)
     missing = sorted(set(range(len(tokens))) - {snippet.token for snippet in snippets})

@@ -145,11 +145,13 @@ class Vectors:
         x_mean, y_mean = known.mean(0), old.mean(0)
         known, old, x = known - x_mean, old - y_mean, x - x_mean
         if self.method == "ridge":
-            return y_mean + x @ _ridge(known, old)
+            predicted: Tensor = y_mean + x @ _ridge(known, old)
+            return predicted
         left, values, right = torch.linalg.svd(known.T @ old, full_matrices=False)
         rotation = left @ right
         scale = values.sum() / (known @ rotation).square().sum().clamp(min=torch.finfo(known.dtype).tiny)
-        return y_mean + scale * x @ rotation
+        rotated: Tensor = y_mean + scale * x @ rotation
+        return rotated
 
 
 def _ridge(known: Tensor, old: Tensor) -> Tensor:

@@ -1,0 +1,89 @@
+"""Warnings about rows that go astray in training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .errors import shorten
+from .leak import leak
+from .old_rows import old_input_rows
+from .partial import PartialEmbedding
+from .table_statistics import norm_range
+
+__all__ = ["RowWatch"]
+
+logger = logging.getLogger(__name__)
+
+_MOST_LEAK = 0.01
+
+
+class RowWatch:
+    """Warns once when new tokens take more than 1% of the probability where they do not belong, and once when
+    a row's norm leaves the range of the old rows'.
+
+    Args:
+        partials: the rows to watch, all on one model.
+    """
+
+    def __init__(self, partials: Iterable[PartialEmbedding]) -> None:
+        self.partials = list(partials)
+        self.measuring = False
+        self._handle: Any = None
+        self._warned: set[str] = set()
+        olds = [old_input_rows(partial) for partial in self.partials]
+        self._ranges = [(0.0, float("inf")) if old is None else norm_range(*old) for old in olds]
+
+    def start(self, model: Any) -> None:
+        """Look at a model's outputs from now on, where `measuring` is set."""
+        self.stop()
+        self._handle = model.register_forward_hook(self._see, with_kwargs=True)
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def check_norms(self) -> None:
+        """Compare the input rows' norms with the old rows'; on every process of a sharded run."""
+        for partial, (least, most) in zip(self.partials, self._ranges, strict=True):
+            norms = partial.token_rows().input_rows.float().norm(dim=1).tolist()
+            names = partial.tokens or partial.token_ids
+            outside = [name for name, norm in zip(names, norms, strict=True) if not least <= norm <= most]
+            if outside:
+                self._warn(
+                    "norm",
+                    f"The rows of {shorten(outside)} have norms outside of the old rows' range, {least:.3g} to "
+                    f"{most:.3g} (theirs are {min(norms):.3g} to {max(norms):.3g}). Lower the rows' learning rate "
+                    "(learning_rate='auto' goes with the old rows' size), or train fewer steps.",
+                )
+
+    def _see(self, _: Any, __: Any, kwargs: Mapping[str, Any], out: Any) -> None:
+        if not self.measuring:
+            return
+        self.measuring = False
+        logits, labels = getattr(out, "logits", None), kwargs.get("labels")
+        if not isinstance(logits, Tensor) or not isinstance(labels, Tensor) or labels.dim() != 2:
+            return  # a fused loss makes no logits, a loss outside of the model has no labels here
+        if logits.shape[:-1] != labels.shape:
+            return
+        inner = self.partials[0].model
+        causal = inner.can_generate() and not getattr(inner.config, "is_encoder_decoder", False)
+        if causal:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        ids = [token_id for partial in self.partials for token_id in partial.token_ids]
+        share = leak(logits, labels, ids)
+        if share > _MOST_LEAK:
+            self._warn(
+                "leak",
+                f"New tokens take {share:.1%} of the probability where they do not belong. Lower the rows' learning "
+                "rate, train on text without them, too, or start from init='subtoken_mean' or 'distill'.",
+            )
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning("%s", message)
