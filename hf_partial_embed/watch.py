@@ -23,7 +23,8 @@ _MOST_LEAK = 0.01
 
 class RowWatch:
     """Warns once when new tokens take more than 1% of the probability where they do not belong, and once when
-    a row's norm leaves the range of the old rows'.
+    a row's norm leaves the range of the old rows'. A row that starts below it (a mean of many pieces is short)
+    or above has not left it, unless it grows.
 
     Args:
         partials: the rows to watch, all on one model.
@@ -36,6 +37,7 @@ class RowWatch:
         self._warned: set[str] = set()
         olds = [old_input_rows(partial) for partial in self.partials]
         self._ranges = [(0.0, float("inf")) if old is None else norm_range(*old) for old in olds]
+        self._starts = [_norms(partial) for partial in self.partials]
 
     def start(self, model: Any) -> None:
         """Look at a model's outputs from now on, where `measuring` is set."""
@@ -49,10 +51,14 @@ class RowWatch:
 
     def check_norms(self) -> None:
         """Compare the input rows' norms with the old rows'; on every process of a sharded run."""
-        for partial, (least, most) in zip(self.partials, self._ranges, strict=True):
-            norms = partial.token_rows().input_rows.float().norm(dim=1).tolist()
+        for partial, (least, most), starts in zip(self.partials, self._ranges, self._starts, strict=True):
+            norms = _norms(partial)
             names = partial.tokens or partial.token_ids
-            outside = [name for name, norm in zip(names, norms, strict=True) if not least <= norm <= most]
+            outside = [
+                name
+                for name, norm, start in zip(names, norms, starts, strict=True)
+                if norm > max(most, start) or norm < least <= start
+            ]
             if outside:
                 self._warn(
                     "norm",
@@ -87,3 +93,9 @@ class RowWatch:
         if kind not in self._warned:
             self._warned.add(kind)
             logger.warning("%s", message)
+
+
+def _norms(partial: PartialEmbedding) -> list[float]:
+    """Norms of the input rows; on a sharded table every process takes part."""
+    norms: list[float] = partial.token_rows().input_rows.float().norm(dim=1).tolist()
+    return norms
