@@ -46,8 +46,10 @@ def add_tokens(
         tokenizer: its tokenizer (or a processor that has one).
         tokens: a list of `str` or `AddedToken`; or a dict from token to what its row starts from: a
             string is a description, whose pieces are averaged, a tensor `[d]` is the input row itself.
-        init: name of an initialiser (`"subtoken_mean"`, `"mean"`), or a function from an
-            `InitRequest` to rows.
+        init: name of an initialiser (`"subtoken_mean"`, `"mean"`, `"multivariate_normal"`, `"positional"`,
+            `"description"`, `"copy"`, `"distill"`, `"cached_head"`), one with parameters of its own
+            (`Distill(texts=...)`, `Vectors(...)`, `Donor(...)`; see `hf_partial_embed.initializers`), or any
+            function from an `InitRequest` to rows.
         strategy: `"split"`: the rows are a parameter of their own, `[K, d]`, beside a frozen table.
             `"mask"`: the model's modules stay as they are and the gradient of frozen rows is zeroed;
             then the optimizer needs `partial.protect(optimizer)`, which the callback does in a Trainer.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import shorten
+from .leak import leak
 from .partial import PartialEmbedding
 from .vocabulary import encode_all
 
@@ -55,7 +56,7 @@ class RowDiagnostics:
         self._hidden: Tensor | None = None
         self._labels: Tensor | None = None
         self._gradient: Tensor | None = None
-        self._leak: Tensor | None = None
+        self._leak: float | None = None
         self._kept: list[Tensor] | None = None
         self._watched = False
         self._had_labels = False
@@ -130,7 +131,7 @@ class RowDiagnostics:
             if self._had_labels:
                 found["unseen_labels"] = sum(labels == 0 for _, labels in counts)
         if self._leak is not None:
-            found["leak"] = self._leak.item()
+            found["leak"] = self._leak
         self._gradient = self._leak = None
         return found
 
@@ -221,7 +222,8 @@ class RowDiagnostics:
         model = self.partial.model
         causal = not model.config.is_encoder_decoder and bool(getattr(model, "can_generate", lambda: False)())
         logits = output.get("logits") if hasattr(output, "get") else None
-        states = logits if isinstance(logits, Tensor) else hidden if causal else None
+        # A subclass stands for logits that a chunked loss has not computed.
+        states = logits if type(logits) is Tensor else hidden if causal else None
         if states is None or states.dim() != 3 or states.shape[:2] != labels.shape:
             return
         if causal:
@@ -232,9 +234,9 @@ class RowDiagnostics:
             return
         step = -(-len(positions) // _SAMPLED_POSITIONS)
         sample = states.reshape(-1, states.shape[-1])[positions[::step]]
-        if states is not logits and not isinstance(logits, Tensor):  # a fused loss: the head is asked for the sample
+        if states is not logits:  # a fused loss: the head is asked for the sample
             sample = model.get_output_embeddings()(sample)
-        self._leak = sample.float().softmax(-1)[:, self._ids.to(sample.device)].sum(1).mean()
+        self._leak = leak(sample, labels.reshape(-1)[positions[::step]], self.partial.token_ids)
 
 
 def split_elsewhere(

@@ -70,6 +70,7 @@ def initial_values(
     sources = [start if isinstance(start, str) else text for text, start in zip(texts, given, strict=True)]
     all_pieces = encode_all(tokenizer, sources)
     rows = {}
+    memo: dict[str, Any] = {}
     for table in layout.tables:
         old = table.values().movedim(table.dim, 0)
         if table.role == "lookup":  # integers have no mean: the first piece's are the token's
@@ -95,6 +96,7 @@ def initial_values(
             model=model,
             tokenizer=tokenizer,
             generator=torch.Generator().manual_seed(seed),
+            memo=memo,
         )
         values = initial_rows(init, request)
         described = [row for row, start in enumerate(given) if isinstance(start, str)]

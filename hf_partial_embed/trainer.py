@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,10 +18,12 @@ from .additions import Addition
 from .chunked_loss import ChunkedLoss
 from .diagnostics import RowDiagnostics
 from .errors import PartialEmbeddingError
+from .learning_rate import auto_learning_rate
 from .mask import unwrap_optimizer
 from .partial import PartialEmbedding, TokenRows
 from .prefix import FrozenPrefix
 from .rows_file import ROWS_FILE
+from .watch import RowWatch
 
 __all__ = ["PartialEmbeddingCallback"]
 
@@ -39,8 +41,9 @@ class PartialEmbeddingCallback(TrainerCallback):
 
     Args:
         partial (`PartialEmbedding`): the rows, or a list of several.
-        learning_rate (`float`, *optional*): of the rows, at the top of the Trainer's schedule; the
-            Trainer's own if not given.
+        learning_rate (`float` or `"auto"`, *optional*): of the rows, at the top of the Trainer's schedule;
+            the Trainer's own if not given. `"auto"` is 0.07 times the root mean square of the old input
+            rows, for AdamW and its like.
         weight_decay (`float`): of the rows. Decay pulls new rows towards zero, so the default is none.
         verify (`bool`): whether to compare all frozen rows with their digests when training ends.
         save_rows (`bool`): whether to write the row file beside each checkpoint.
@@ -62,7 +65,7 @@ class PartialEmbeddingCallback(TrainerCallback):
         self,
         partial: PartialEmbedding | Iterable[PartialEmbedding],
         *,
-        learning_rate: float | None = None,
+        learning_rate: float | Literal["auto"] | None = None,
         weight_decay: float = 0.0,
         verify: bool = True,
         save_rows: bool = True,
@@ -72,7 +75,8 @@ class PartialEmbeddingCallback(TrainerCallback):
     ) -> None:
         self.partials = [partial] if isinstance(partial, PartialEmbedding) else list(partial)
         for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
-            if value is not None and not value >= 0:
+            automatic = name == "learning_rate" and value == "auto"
+            if not (value is None or automatic) and (isinstance(value, str) or not value >= 0):
                 raise PartialEmbeddingError(f"{name}={value!r} must be a number of at least 0.")
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -82,6 +86,7 @@ class PartialEmbeddingCallback(TrainerCallback):
         self.chunked_loss = chunked_loss
         self.frozen_prefix = frozen_prefix
         self._additions = self._make_additions()
+        self._watch: RowWatch | None = None
         self._hooks: list[Any] = []
 
     def log_first(self, trainer: Any) -> None:
@@ -124,9 +129,6 @@ class PartialEmbeddingCallback(TrainerCallback):
             if state.global_step and not stored:
                 folders = [args.resume_from_checkpoint, _checkpoint(args, state)]
                 _restore_from_files(partial, folders, number, in_checkpoint=not _is_adapter(kwargs["model"]))
-        for diagnostics in self.diagnostics:
-            diagnostics.stop()
-            diagnostics.start()
         parameters = [parameter for partial in self.partials for parameter in partial.parameters()]
         exact = [
             parameter
@@ -134,7 +136,12 @@ class PartialEmbeddingCallback(TrainerCallback):
             for parameter in (partial.parameters() if _is_adapter(kwargs["model"]) else _rounded(partial))
         ]
         self._remove_hooks()
-        steps = _OwnGroup(optimizer, parameters, self.learning_rate, self.weight_decay)
+        rate = self.learning_rate
+        if rate == "auto":
+            rate = auto_learning_rate(self.partials[0])  # all of them are on one table
+            logger.info("Learning rate of the token rows: %.3g.", rate)
+        self._watch = RowWatch(self.partials)
+        steps = _OwnGroup(optimizer, parameters, rate, self.weight_decay)
         self._hooks = [
             optimizer.register_step_pre_hook(steps.before),
             optimizer.register_step_post_hook(steps.after),
@@ -143,6 +150,9 @@ class PartialEmbeddingCallback(TrainerCallback):
         self._additions = self._make_additions([kwargs["model"]], smoothing=args.label_smoothing_factor > 0)
         for addition in self._additions:
             addition.install()
+        for diagnostics in self.diagnostics:  # last, so that they see what the others leave of an output
+            diagnostics.stop()
+            diagnostics.start()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -166,9 +176,14 @@ class PartialEmbeddingCallback(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs:
             return
+        if self._watch is not None:
+            self._watch.check_norms()
         for number, diagnostics in enumerate(self.diagnostics):
             prefix = "rows" if number == 0 else f"rows_{number + 1}"
-            values = {f"{prefix}/{name}": value for name, value in diagnostics.values().items()}
+            found = diagnostics.values()
+            values = {f"{prefix}/{name}": value for name, value in found.items()}
+            if self._watch is not None and "leak" in found:
+                self._watch.check_leak(found["leak"])
             logs.update(values)
             state.log_history[-1].update(values)  # a copy, made before the callbacks are asked
 
@@ -195,6 +210,9 @@ class PartialEmbeddingCallback(TrainerCallback):
         self._remove_hooks()
         for diagnostics in self.diagnostics:
             diagnostics.stop()
+        if self._watch is not None:
+            self._watch.check_norms()
+            self._watch = None
         for number, partial in enumerate(self.partials):
             if args.load_best_model_at_end and state.best_model_checkpoint:
                 in_checkpoint = not _is_adapter(kwargs["model"])

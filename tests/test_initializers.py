@@ -368,7 +368,7 @@ class TestCallables:
         )
 
     def test_registered_name(self, monkeypatch):
-        monkeypatch.setattr("hf_partial_embed.initializers.INITIALIZERS", dict(INITIALIZERS))
+        monkeypatch.setattr("hf_partial_embed.initializers.registry.INITIALIZERS", dict(INITIALIZERS))
 
         @register("sevens")
         def sevens(request):
@@ -381,7 +381,7 @@ class TestCallables:
         with pytest.raises(PartialEmbeddingError) as caught:
             add_tokens(build_model(), bpe_tokenizer(), WORDS, init="subtoken-mean")
         assert str(caught.value) == (
-            "init='subtoken-mean' is no initialiser. Choose one of ['mean', 'subtoken_mean'], or pass a function."
+            f"init='subtoken-mean' is no initialiser. Choose one of {sorted(INITIALIZERS)}, or pass a function."
         )
 
 

@@ -1,24 +1,19 @@
-"""Where new rows start.
-
-An initialiser is a function from an `InitRequest` to the rows of one table, `[K, ...]`. It is called
-once for each table over the vocabulary (input embeddings, an untied head, a head's bias, ...), so that
-input rows come from input rows and head rows from head rows. Register one under a name with
-`@register("name")`, or pass the function itself as `add_tokens(..., init=function)`.
-"""
+"""What an initialiser is, and which there are by name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import PartialEmbeddingError, count, shorten
+from ..errors import PartialEmbeddingError, count, shorten
+from ..table_statistics import trained_mask
 
-__all__ = ["INITIALIZERS", "InitRequest", "Initializer", "initial_rows", "register"]
+__all__ = ["INITIALIZERS", "InitRequest", "Initializer", "initial_rows", "register", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +29,8 @@ class InitRequest:
         padding: id of the padding, whose row is not trained; `None` where there is none.
         model, tokenizer: as they were passed to `add_tokens`, before anything was added.
         generator: source of random numbers, seeded with `add_tokens(..., seed=)`.
+        memo: kept from one table to the next within one `add_tokens`, for what is costly and serves all
+            of them (texts that a model has generated).
     """
 
     table: Tensor
@@ -44,19 +41,23 @@ class InitRequest:
     model: Any
     tokenizer: Any
     generator: torch.Generator
+    memo: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def trained_rows(self) -> Tensor:
         """Bool `[V]`: rows that belong to a token. Spare rows, rows in gaps between ids and the row of
         the padding are not trained, and should enter no mean.
         """
-        size = len(self.table)
-        trained = torch.zeros(size, dtype=torch.bool)
-        ids = [token_id for token_id in self.tokenizer.get_vocab().values() if token_id < size]
-        trained[ids] = True
-        if self.padding is not None and 0 <= self.padding < size:
-            trained[self.padding] = False
-        return trained
+        return trained_mask(len(self.table), self.tokenizer, self.padding)
+
+    @property
+    def shared(self) -> bool:
+        """Whether the rows serve as input and as output, since the head is tied."""
+        tables = [
+            getattr(getattr(self.model, f"get_{which}_embeddings")(), "_parameters", {}).get("weight")
+            for which in ("input", "output")
+        ]
+        return self.role == "input" and tables[0] is not None and tables[0] is tables[1]
 
 
 Initializer = Callable[[InitRequest], Tensor]
@@ -72,41 +73,6 @@ def register(name: str) -> Callable[[Initializer], Initializer]:
         return initializer
 
     return add
-
-
-@register("mean")
-def mean(request: InitRequest) -> Tensor:
-    """The mean of all trained rows, the same for every token. One pass over the table.
-
-    Source: Hewitt, "Initializing new word embeddings for pretrained language models", 2021, without its
-    noise.
-    """
-    table, trained = request.table, request.trained_rows.to(request.table.device)
-    total = torch.zeros(table.shape[1:], dtype=torch.float64, device=table.device)
-    for start in range(0, len(table), 8192):  # in parts, so that no float64 copy of the table exists
-        part = slice(start, start + 8192)
-        total += table[part][trained[part]].double().sum(0)
-    average = total / trained.sum().clamp(min=1)
-    return average.float().expand(len(request.tokens), *table.shape[1:]).clone()
-
-
-@register("subtoken_mean")
-def subtoken_mean(request: InitRequest) -> Tensor:
-    """For each token the mean of the rows of its pieces. Reads only those rows.
-
-    A token without pieces (its text was unknown to the tokenizer) starts at the mean of all rows.
-    Source: Gee et al., "Fast Vocabulary Transfer for Language Model Compression", EMNLP 2022.
-    """
-    table = request.table
-    rows = torch.empty(len(request.tokens), *table.shape[1:], dtype=torch.float32, device=table.device)
-    fallback: Tensor | None = None
-    for row, pieces in zip(rows, request.pieces, strict=True):
-        if pieces:
-            row.copy_(table[torch.tensor(list(pieces), device=table.device)].double().mean(0))
-        else:
-            fallback = mean(request)[0] if fallback is None else fallback
-            row.copy_(fallback)
-    return rows
 
 
 def initial_rows(init: str | Initializer, request: InitRequest) -> Tensor:

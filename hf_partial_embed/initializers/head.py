@@ -1,0 +1,151 @@
+"""Rows of an untied head, fitted on cached states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import PartialEmbeddingError
+from .pieces import subtoken_mean
+from .registry import InitRequest, register
+from .running import Runner, undisturbed
+from .snippets import PROMPTS, Snippet, snippets_of, texts_for
+
+__all__ = ["CachedHead", "CachedStates", "new_bias"]
+
+
+@dataclass(frozen=True)
+class CachedHead:
+    """Head rows by cross-entropy on cached states, without a pass through the body.
+
+    One pass over texts in the original tokenisation gives the states `h` before the head and the
+    log-sum-exp `z` of the old logits. With the old rows frozen, these are all that the loss of new rows `w`
+    depends on:
+
+    `mean(log(exp z + Σ_k exp(w_k · h + b_k)) - [new token k follows] (w_k · h + b_k)) + penalty · ‖w - w₀‖²/2`
+
+    which is convex in `w` (a capped logit, as in Gemma 2, bends that a little) and is minimised by L-BFGS.
+    `w₀` is the mean of the pieces' rows; positions inside of the token's pieces do not occur any more and
+    are left out. The new tokens' biases `b` are the means of their pieces'.
+
+    Fits the rows of an untied head; other tables, also one that is tied, start at the mean of the pieces.
+
+    Needs: texts with the tokens, or a model that can generate them. Cost: one forward of the whole model
+    over the snippets (for 12 tokens, 5 snippets each: 2,000 tokens), then `N·K·d` for each iteration.
+    Source: the loss is the model's own; texts around the token as in Dobler, Elliott and de Melo, "Token
+    Distillation", 2025.
+
+    Args:
+        texts: any texts with the tokens in them, written as the tokens are. Without it the model writes some.
+        per_token: number of snippets for each token, at most.
+        context: number of ids before and behind the token in a snippet, at most.
+        penalty: of the distance from `w₀`, in units of the states' mean square.
+        iterations: of L-BFGS, at most.
+        batch_size: snippets in a pass.
+        prompts: beginnings of the texts that the model writes, with `{token}`.
+
+    Raises:
+        `PartialEmbeddingError`: a token that is in no text; a model without texts that cannot generate; one
+            whose logits are not those of its head, scaled or capped.
+    """
+
+    texts: Sequence[str] | None = None
+    per_token: int = 8
+    context: int = 16
+    penalty: float = 1e-3
+    iterations: int = 200
+    batch_size: int = 12
+    prompts: Sequence[str] = PROMPTS
+
+    def __call__(self, request: InitRequest) -> Tensor:
+        start = subtoken_mean(request)
+        if request.role != "output":
+            return start
+        texts = texts_for(request, self.texts, prompts=self.prompts, per_token=self.per_token, length=self.context)
+        snippets = snippets_of(request, texts, context=self.context, limit=self.per_token)
+        with undisturbed(request.model):
+            cached = CachedStates(request.model, snippets, self.batch_size)
+        return self._fit(start.double(), cached, new_bias(request)).float()
+
+    def _fit(self, start: Tensor, cached: CachedStates, bias: Tensor | None) -> Tensor:
+        penalty = self.penalty * cached.states.square().mean()
+        rows = start.clone().requires_grad_(True)
+        optimizer = torch.optim.LBFGS(
+            [rows], max_iter=self.iterations, tolerance_grad=1e-7, line_search_fn="strong_wolfe"
+        )
+
+        def closure() -> Tensor:
+            loss = cached.loss(rows, bias) + penalty * (rows - start).square().sum() / 2
+            (rows.grad,) = torch.autograd.grad(loss, [rows])
+            return loss.detach()
+
+        with torch.enable_grad():
+            optimizer.step(closure)  # type: ignore[no-untyped-call]
+        return rows.detach()
+
+
+class CachedStates:
+    """All of a model that the loss of new head rows depends on.
+
+    Attributes:
+        states (`torch.Tensor` of shape `(N, d)`): what the head is given, in float64.
+        sums (`torch.Tensor` of shape `(N,)`): log-sum-exp of the old logits.
+        labels (`torch.Tensor` of shape `(N,)`): which new token follows, -1 where none does.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, snippets: Sequence[Snippet], batch_size: int) -> None:
+        runner = Runner(model)
+        ordered = sorted(snippets, key=lambda snippet: len(snippet.original))
+        states, sums, labels = [], [], []
+        for first in range(0, len(ordered), batch_size):
+            batch = ordered[first : first + batch_size]
+            hidden, raw, logits = runner.head([snippet.original for snippet in batch])
+            if not first:
+                self.shape = _logit_shape(model, raw, logits)
+            for row, snippet in enumerate(batch):
+                last = len(snippet.original) - 1
+                kept = [i for i in range(last) if not snippet.start <= i < snippet.end]
+                states.append(hidden[row, kept].double())
+                sums.append(logits[row, kept].float().logsumexp(-1).double())
+                labels += [snippet.token if i == snippet.start - 1 else -1 for i in kept]
+        self.states, self.sums = torch.cat(states), torch.cat(sums)
+        self.labels = torch.tensor(labels, device=self.states.device)
+
+    def loss(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """Mean over the positions, up to what does not depend on the rows."""
+        raw = self.states @ rows.T
+        logits = self.shape(raw if bias is None else raw + bias)
+        total = torch.logaddexp(self.sums, logits.logsumexp(1))
+        own = logits.gather(1, self.labels.clamp(min=0)[:, None])[:, 0]
+        return (total - torch.where(self.labels >= 0, own, self.sums)).mean()
+
+
+def new_bias(request: InitRequest) -> Tensor | None:
+    """What the head's bias has for the new tokens `[K]`: the means of their pieces'."""
+    bias = dict(request.model.get_output_embeddings().named_parameters(recurse=False)).get("bias")
+    return None if bias is None else subtoken_mean(replace(request, table=bias.detach(), role="bias")).double()
+
+
+def _logit_shape(model: Any, raw: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor]:
+    """What a model makes of the head's output: a multiple of it, or a capped one."""
+    raw, logits = raw.float(), logits.float()
+    tolerance = 0.02 * logits.abs().max().item()
+    scale = ((raw * logits).sum() / raw.square().sum().clamp(min=1e-12)).item()
+    if torch.allclose(logits, scale * raw, rtol=0, atol=tolerance):
+        return lambda values: scale * values
+    config = model.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap and torch.allclose(logits, cap * torch.tanh(raw / cap), rtol=0, atol=tolerance):
+        return lambda values: cap * torch.tanh(values / cap)
+    raise PartialEmbeddingError(
+        f"{type(model).__name__} changes its head's output in a way that is not known here, so head rows cannot be "
+        "fitted on it. Use init='subtoken_mean'."
+    )
+
+
+register("cached_head")(CachedHead())

@@ -1,0 +1,142 @@
+"""Rows from the rows of pieces: of the token's own text, of a description, of another token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import PartialEmbeddingError, shorten
+from ..vocabulary import encode_all
+from .registry import InitRequest, register
+from .table import mean
+
+__all__ = ["Copy", "Description", "Positional", "subtoken_mean"]
+
+
+@register("subtoken_mean")
+def subtoken_mean(request: InitRequest) -> Tensor:
+    """For each token the mean of the rows of its pieces. Reads only those rows.
+
+    A token without pieces (its text was unknown to the tokenizer) starts at the mean of all rows.
+    Source: Gee et al., "Fast Vocabulary Transfer for Language Model Compression", EMNLP 2022.
+    """
+    return _weighted(request, request.pieces, [[1.0] * len(pieces) for pieces in request.pieces])
+
+
+@dataclass(frozen=True)
+class Positional:
+    """A mean of the pieces' rows in which their position counts.
+
+    `row = Σ w_i e_i / Σ w_i` over the pieces `i = 1…n`, with `w_i = exp(rate · i)` for input rows, since
+    the last piece is what the following text was predicted from, and `w_i = exp(-rate · i)` for output
+    rows, since the first piece is what had to be predicted. A tied row is an input row here.
+
+    Needs: the pieces' rows. Cost: nothing but to read them.
+    Source: after the exponential initialisation of Nakash et al., "AdaptiVocab", 2025.
+
+    Args:
+        rate: 0 is the plain mean.
+    """
+
+    rate: float = 1.0
+
+    def __call__(self, request: InitRequest) -> Tensor:
+        sign = 1.0 if request.role in ("input", "extra") else -1.0
+        weights = []
+        for pieces in request.pieces:
+            steps = sign * self.rate * torch.arange(len(pieces), dtype=torch.float64)
+            weights.append(torch.softmax(steps, 0).tolist())
+        return _weighted(request, request.pieces, weights)
+
+
+@dataclass(frozen=True)
+class Description:
+    """The mean of the rows of the pieces of a description in words.
+
+    Needs: a description of every token. Cost: nothing but to read the rows.
+
+    Args:
+        texts: descriptions by token. Without it they are what `add_tokens` was given, a dict from token to
+            description: `add_tokens(model, tokenizer, {"<Dy>": "a soft silvery metal"}, init="description")`.
+    """
+
+    texts: Mapping[str, str] | None = None
+
+    def __call__(self, request: InitRequest) -> Tensor:
+        if self.texts is None:
+            own = _known(request, encode_all(request.tokenizer, request.tokens))
+            lacking = [
+                token for token, pieces, ids in zip(request.tokens, request.pieces, own, strict=True)
+                if list(pieces) == ids
+            ]  # fmt: skip
+            given: Sequence[Sequence[int]] = request.pieces
+        else:
+            given = _known(request, encode_all(request.tokenizer, [self.texts.get(t, "") for t in request.tokens]))
+            lacking = [token for token, pieces in zip(request.tokens, given, strict=True) if not pieces]
+        if lacking:
+            raise PartialEmbeddingError(
+                f"Tokens {shorten(lacking)} have no description that the tokenizer can read. Pass tokens as a dict "
+                "from each token to its description, or init=Description({...})."
+            )
+        return _weighted(request, given, [[1.0] * len(pieces) for pieces in given])
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The row of another token.
+
+    On a tied head the copy is proposed wherever its source is, and both share the probability, until
+    training tells them apart.
+
+    Needs: a token to copy from. Cost: one row.
+
+    Args:
+        sources: the token to copy from for each new token, or one for all. Without it they are what
+            `add_tokens` was given, a dict from token to source: `add_tokens(model, tokenizer, {"<x>": "the"},
+            init="copy")`.
+    """
+
+    sources: str | Mapping[str, str] | None = None
+
+    def __call__(self, request: InitRequest) -> Tensor:
+        if self.sources is None:
+            given: Sequence[Sequence[int]] = request.pieces
+        else:
+            by_token = dict.fromkeys(request.tokens, self.sources) if isinstance(self.sources, str) else self.sources
+            given = _known(request, encode_all(request.tokenizer, [by_token.get(t, "") for t in request.tokens]))
+        several = [token for token, pieces in zip(request.tokens, given, strict=True) if len(pieces) != 1]
+        if several:
+            raise PartialEmbeddingError(
+                f"Tokens {shorten(several)} have no single token to copy from. Name one that the tokenizer reads as "
+                "one token (with its leading space, if it has one): init=Copy({...}), or init='subtoken_mean'."
+            )
+        return _weighted(request, given, [[1.0]] * len(given))
+
+
+def _known(request: InitRequest, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Ids that have a trained row, as `request.pieces` are."""
+    return [[i for i in ids if i < len(request.table) and i != request.padding] for ids in sequences]
+
+
+def _weighted(request: InitRequest, sequences: Sequence[Sequence[int]], weights: Sequence[Sequence[float]]) -> Tensor:
+    """Weighted means of rows; where there are none, the mean of all rows."""
+    table = request.table
+    rows = torch.empty(len(sequences), *table.shape[1:], dtype=torch.float32, device=table.device)
+    fallback: Tensor | None = None
+    for row, ids, shares in zip(rows, sequences, weights, strict=True):
+        if ids:
+            given = table[torch.tensor(list(ids), device=table.device)].double()
+            share = torch.tensor(list(shares), dtype=torch.float64, device=table.device)
+            row.copy_(torch.tensordot(share, given, 1) / share.sum())
+        else:
+            fallback = mean(request)[0] if fallback is None else fallback
+            row.copy_(fallback)
+    return rows
+
+
+register("positional")(Positional())
+register("description")(Description())
+register("copy")(Copy())
