@@ -84,7 +84,7 @@ class ChunkedLoss(Addition):
         return None if self.depth or self.keep_logits else _without_deferred(output)
 
     def _head_forward(self, input: Tensor) -> Tensor:
-        if self.depth and not torch.compiler.is_compiling():
+        if self.depth and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             device = input.device.type
             autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
             deferred: Tensor = _DeferredLogits.make(

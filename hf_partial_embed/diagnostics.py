@@ -223,7 +223,8 @@ class RowDiagnostics:
         causal = not model.config.is_encoder_decoder and bool(getattr(model, "can_generate", lambda: False)())
         logits = output.get("logits") if hasattr(output, "get") else None
         # A subclass stands for logits that a chunked loss has not computed.
-        states = logits if type(logits) is Tensor else hidden if causal else None
+        has_logits = type(logits) is Tensor
+        states = logits if has_logits else hidden if causal else None
         if states is None or states.dim() != 3 or states.shape[:2] != labels.shape:
             return
         if causal:
@@ -234,7 +235,7 @@ class RowDiagnostics:
             return
         step = -(-len(positions) // _SAMPLED_POSITIONS)
         sample = states.reshape(-1, states.shape[-1])[positions[::step]]
-        if states is not logits:  # a fused loss: the head is asked for the sample
+        if not has_logits:  # a fused loss: the head is asked for the sample
             sample = model.get_output_embeddings()(sample)
         self._leak = leak(sample, labels.reshape(-1)[positions[::step]], self.partial.token_ids)
 
