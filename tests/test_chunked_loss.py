@@ -237,7 +237,7 @@ def test_trainer_with_lora_around_the_model(tmp_path):
         callback = PartialEmbeddingCallback(partial, chunked_loss=chunked)
         train(wrapped, tokenizer, partial, tmp_path / str(chunked), callbacks=[callback], save_strategy="no")
         hook.remove()
-        assert all((kind is not torch.Tensor) is chunked for kind in calls)
+        assert any(kind is not torch.Tensor for kind in calls) is chunked  # diagnostics ask the head, too
         results.append(rows_of(partial))
     for value, other in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-4)
