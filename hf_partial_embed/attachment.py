@@ -7,10 +7,9 @@ that an attachment can be deep-copied together with its model.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tokenizers import AddedToken
@@ -18,18 +17,27 @@ from torch import Tensor, nn
 
 from .digest import row_digests
 from .errors import FrozenRowsChangedError, PartialEmbeddingError, shorten
-from .growth import Growth
 from .layout import Table, VocabularyLayout, find_layout
 from .mask import MaskHandle
+from .resizing import REGISTRY
 from .rows import ForwardScope, PartialModule
-from .skeleton import REGISTRY
-from .split import split_module, unsplit_module
-from .storage import PlainTables
-from .vocabulary import add_to_tokenizer, known_id, remove_from_tokenizer
+from .steps import (
+    SCOPE,
+    AddTokens,
+    Freeze,
+    Grow,
+    HideRows,
+    MakePlain,
+    Mask,
+    OpenScope,
+    SetAttribute,
+    Split,
+    Step,
+    WriteRows,
+)  # fmt: skip
+from .vocabulary import known_id
 
 __all__ = ["Attachment", "attachments_of"]
-
-_SCOPE = "_partial_embedding_scope"
 
 
 def attachments_of(model: nn.Module) -> list[Attachment]:
@@ -79,7 +87,7 @@ class Attachment:
         self._row_names: dict[str, str] = {}
         self._digests: dict[str, Tensor] = {}
         self._protected: list[Any] = []
-        self._steps: list[_Step] = []
+        self._steps: list[Step] = []
 
     @property
     def attached(self) -> bool:
@@ -111,23 +119,23 @@ class Attachment:
         self.layout = layout
         self.trained = [table for table in layout.tables if self._trains(table)]
         self._check_free()
-        self._do(_MakePlain(self.model, layout))
-        self._do(_Grow(layout))
+        self._do(MakePlain(self.model, layout))
+        self._do(Grow(layout))
         for table in layout.tables:
             self._write_rows(table)
         for table in layout.tables:
             if table.is_parameter:
                 for module, attribute in table.holders:
-                    self._do(_Freeze(module, attribute))
+                    self._do(Freeze(module, attribute))
         if self.strategy == "split":
             self._split()
         else:
             self._mask()
         for module in self.model.modules():
             if hasattr(type(module), "resize_token_embeddings"):
-                self._do(_Set(module, "resize_token_embeddings", _refuse_resize))
+                self._do(SetAttribute(module, "resize_token_embeddings", _refuse_resize))
         self._digests = {table.name: row_digests(table.tensor, table.dim) for table in self.trained}
-        self._do(_Set(self.model, REGISTRY, [*attachments_of(self.model), self]))
+        self._do(SetAttribute(self.model, REGISTRY, [*attachments_of(self.model), self]))
 
     def _write_rows(self, table: Table) -> None:
         """Write the rows into a table that has been grown for them."""
@@ -135,16 +143,16 @@ class Attachment:
         if table.role == "lookup" and rows is not None:  # what stands there is the model's, token or not
             new = [row for row, token_id in enumerate(self.ids) if token_id >= table.size]
             if new:
-                self._do(_WriteRows(table, [self.ids[row] for row in new], rows[new]))
+                self._do(WriteRows(table, [self.ids[row] for row in new], rows[new]))
         elif rows is not None:
-            self._do(_WriteRows(table, self.ids, rows))
+            self._do(WriteRows(table, self.ids, rows))
         # Ids without a token, between the old rows and the new ones: zeros would be large logits in a model
         # whose logits are mostly negative.
         between = sorted({*range(table.size, table.grown_size - table.tail)} - set(self.ids))
         if between and table.has_rows:
             old = table.tensor.detach().narrow(table.dim, 0, table.size)
             mean = old.mean(table.dim, dtype=torch.promote_types(old.dtype, torch.float32))
-            self._do(_WriteRows(table, between, mean.expand(len(between), *mean.shape)))
+            self._do(WriteRows(table, between, mean.expand(len(between), *mean.shape)))
 
     def _give_ids(self) -> list[int]:
         if self.fixed_ids is not None:
@@ -153,7 +161,7 @@ class Attachment:
         ids = {text: known_id(self.tokenizer, text) for text in texts}
         new = [token for token in self.tokens if ids[token.content] is None]
         if new:
-            step = _AddTokens(self.tokenizer, new)
+            step = AddTokens(self.tokenizer, new)
             self._do(step)
             ids.update(zip((token.content for token in new), step.ids, strict=True))
         return [token_id for text in texts if (token_id := ids[text]) is not None]
@@ -175,13 +183,13 @@ class Attachment:
                     f"strategy={self.strategy!r} cannot be attached beside them. Use one strategy for both."
                 )
 
-    def _do(self, step: _Step) -> None:
+    def _do(self, step: Step) -> None:
         self._steps.append(step)
         step.do()
 
     def _split(self) -> None:
-        self._do(_OpenScope(self.model))
-        scope: ForwardScope = getattr(self.model, _SCOPE)
+        self._do(OpenScope(self.model))
+        scope: ForwardScope = getattr(self.model, SCOPE)
         for table in self.trained:
             rows = self.rows[table.name]
             if not isinstance(rows, nn.Parameter):
@@ -189,10 +197,10 @@ class Attachment:
                 dtype = self.dtype or torch.promote_types(torch.float32, tensor.dtype)
                 rows = nn.Parameter(rows.to(device=tensor.device, dtype=dtype, copy=True))
                 self.rows[table.name] = rows
-            step = _Split(table, rows, self.ids, scope)
+            step = Split(table, rows, self.ids, scope)
             self._do(step)
             self._row_names[table.name] = step.row_name
-        self._do(_HideRows(self.model))
+        self._do(HideRows(self.model))
 
     def _mask(self) -> None:
         for table in self.trained:
@@ -203,7 +211,7 @@ class Attachment:
                 for other_table, handle in zip(other.trained, other.masks, strict=True)
                 if other_table.tensor is table.tensor
             ]
-            step = _Mask(table, self.ids, others)
+            step = Mask(table, self.ids, others)
             self._do(step)
             assert step.handle is not None
             self.masks.append(step.handle)
@@ -298,273 +306,8 @@ class Attachment:
         self.masks, self._row_names, self._digests = [], {}, {}
 
 
-class _Step(Protocol):
-    """A change that can be taken back, also when it was done only in part."""
-
-    lasts: bool  # whether merge() leaves it
-
-    def do(self) -> None: ...
-
-    def undo(self) -> None: ...
-
-
-class _AddTokens:
-    lasts = True
-
-    def __init__(self, tokenizer: Any, tokens: list[AddedToken]) -> None:
-        self.tokenizer, self.tokens, self.ids = tokenizer, tokens, list[int]()
-
-    def do(self) -> None:
-        self.ids = add_to_tokenizer(self.tokenizer, self.tokens)
-
-    def undo(self) -> None:
-        if self.ids:
-            remove_from_tokenizer(self.tokenizer, [token.content for token in self.tokens])
-            self.ids = []
-
-
-class _MakePlain:
-    lasts = True
-
-    def __init__(self, model: Any, layout: VocabularyLayout) -> None:
-        self.model, self.layout, self.tables = model, layout, None
-
-    tables: PlainTables | None
-
-    def do(self) -> None:
-        self.tables = PlainTables(self.model, [table.holders for table in self.layout.tables])
-
-    def undo(self) -> None:
-        if self.tables is not None:
-            self.tables.undo()
-            self.tables = None
-
-
-class _Grow:
-    lasts = True
-
-    def __init__(self, layout: VocabularyLayout) -> None:
-        self.layout, self.growth = layout, None
-
-    growth: Growth | None
-
-    def do(self) -> None:
-        self.growth = Growth(self.layout)
-
-    def undo(self) -> None:
-        if self.growth is not None:
-            self.growth.undo()
-            self.growth = None
-
-
-class _WriteRows:
-    """Write values into a table; what stood there is kept."""
-
-    lasts = True
-
-    def __init__(self, table: Table, ids: list[int], rows: Tensor) -> None:
-        self.table, self.ids, self.values, self.before = table, ids, rows.detach(), None
-
-    before: Tensor | None
-
-    def do(self) -> None:
-        self.before = self.table.rows(self.ids)
-        self._write(self.values)
-        self.values = self.values[:0]
-
-    @torch.no_grad()
-    def _write(self, values: Tensor) -> None:
-        tensor, dim = self.table.tensor, self.table.dim
-        index = torch.tensor(self.ids, device=tensor.device)
-        tensor.data.index_copy_(dim, index, values.to(tensor).movedim(0, dim))
-
-    def undo(self) -> None:
-        if self.before is not None:
-            self._write(self.before)
-            self.before = None
-
-
-class _Freeze:
-    lasts = False
-
-    def __init__(self, module: nn.Module, attribute: str) -> None:
-        self.module, self.attribute, self.before = module, attribute, None
-
-    before: bool | None
-
-    def do(self) -> None:
-        parameter = self.module._parameters[self.attribute]
-        assert parameter is not None
-        self.before = parameter.requires_grad
-        parameter.requires_grad_(False)
-
-    def undo(self) -> None:
-        parameter = self.module._parameters[self.attribute]
-        if self.before is not None and parameter is not None:
-            parameter.requires_grad_(self.before)
-            self.before = None
-
-
-class _Split:
-    lasts = False
-
-    def __init__(self, table: Table, rows: nn.Parameter, ids: list[int], scope: ForwardScope) -> None:
-        self.table, self.rows, self.ids, self.scope = table, rows, ids, scope
-        self.row_name = ""
-        self._done: list[tuple[nn.Module, dict[str, str], list[str]]] = []
-        self._hooks: list[Any] = []
-
-    def do(self) -> None:
-        (owner, name), *tied = self.table.holders
-        with _hooked_forward_kept(owner):
-            names = split_module(
-                owner,
-                {name: self.rows},
-                self.ids,
-                dims={name: self.table.dim},
-                scope=self.scope,
-                base_size=self.table.size,
-            )
-        self.row_name = names[name]
-        self._done.append((owner, names, []))
-        assert isinstance(owner, PartialModule)
-        for module, attribute in tied:
-            with _hooked_forward_kept(module):
-                shared = {attribute: owner._row_sources[name]}
-                split_module(module, {}, self.ids, shared=shared, scope=self.scope)
-            self._done.append((module, {}, [attribute]))
-        for module, _ in self.table.holders:
-            # A forward of its own may read the table where the model's forward is not entered.
-            if isinstance(module, PartialModule) and module._unsplit_class not in (nn.Embedding, nn.Linear):
-                self._hooks += self.scope.hook(module)
-
-    def undo(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        # The owner first: a tied module gives its rows up when the owner has none left.
-        for module, names, shared in self._done:
-            assert isinstance(module, PartialModule)
-            with _hooked_forward_kept(module):
-                unsplit_module(module, names, shared, len(self.ids))
-        self._done = []
-
-
-class _Mask:
-    """Mask a table's gradient; row sets on the same table let each other's rows through."""
-
-    lasts = False
-
-    def __init__(self, table: Table, ids: list[int], others: list[MaskHandle]) -> None:
-        self.table, self.ids, self.others, self.handle = table, ids, others, None
-
-    handle: MaskHandle | None
-
-    def do(self) -> None:
-        module, attribute = self.table.holders[0]
-        others = self.others[0].ids if self.others else []
-        self.handle = MaskHandle({attribute: module}, [*others, *self.ids], self.table.dim)
-        for other in self.others:
-            other.ids = [*other.ids, *self.ids]
-
-    def undo(self) -> None:
-        if self.handle is not None:
-            for other in self.others:
-                other.ids = [token_id for token_id in other.ids if token_id not in set(self.ids)]
-            self.handle.remove()
-            self.handle = None
-
-
-class _OpenScope:
-    """Hook the model's forward, once for all its row sets."""
-
-    lasts = False
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.hooks = model, list[Any]()
-
-    def do(self) -> None:
-        if getattr(self.model, _SCOPE, None) is None:
-            scope = ForwardScope()
-            self.hooks = scope.hook(self.model)
-            self.model.__dict__[_SCOPE] = scope
-
-    def undo(self) -> None:
-        if self.hooks:
-            for hook in self.hooks:
-                hook.remove()
-            del self.model.__dict__[_SCOPE]
-            self.hooks = []
-
-
-class _HideRows:
-    """Keep the rows' own keys out of what `save_pretrained` writes: the tables hold them there."""
-
-    lasts = False
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.steps = model, list[_Set]()
-
-    def do(self) -> None:
-        keys = [
-            f"{name}.{key}" if name else key
-            for name, module in self.model.named_modules(remove_duplicate=False)
-            if isinstance(module, PartialModule) and "new_rows" in module._modules
-            for key in (f"new_rows.{row_name}" for row_name in module.new_rows._parameters)
-        ]
-        for prefix, module in self.model.named_modules():
-            if hasattr(type(module), "_keys_to_ignore_on_save"):
-                start = f"{prefix}." if prefix else ""
-                own = [key.removeprefix(start) for key in keys if key.startswith(start)]
-                ignored = sorted({*(module._keys_to_ignore_on_save or ()), *own})
-                step = _Set(module, "_keys_to_ignore_on_save", ignored)
-                self.steps.append(step)
-                step.do()
-
-    def undo(self) -> None:
-        while self.steps:
-            self.steps.pop().undo()
-
-
-class _Set:
-    """Set an attribute of the instance; where it had none, it has none afterwards."""
-
-    lasts = False
-
-    def __init__(self, owner: Any, name: str, value: Any) -> None:
-        self.owner, self.name, self.value = owner, name, value
-        self.done, self.had, self.before = False, False, None
-
-    def do(self) -> None:
-        self.had = self.name in self.owner.__dict__
-        self.before = self.owner.__dict__.get(self.name)
-        self.owner.__dict__[self.name] = self.value
-        self.done = True
-
-    def undo(self) -> None:
-        if self.done and self.had:
-            self.owner.__dict__[self.name] = self.before
-        elif self.done:
-            self.owner.__dict__.pop(self.name, None)
-        self.done = False
-
-
 def _refuse_resize(*args: object, **kwargs: object) -> None:
     raise PartialEmbeddingError(
         "resize_token_embeddings would tear the tables away from the rows that are attached to them. Add "
         "tokens with add_tokens, or call partial.merge() or partial.detach() first."
     )
-
-
-@contextmanager
-def _hooked_forward_kept(module: nn.Module) -> Iterator[None]:
-    """Let accelerate's hook call the forward of the class that the module has afterwards.
-
-    The hook stands in front of a bound method of the class that it found, kept on the instance; taking
-    the hook off leaves that method there.
-    """
-    before = type(module).forward
-    yield
-    for name in ("forward", "_old_forward"):
-        if getattr(module.__dict__.get(name), "__func__", None) is before:
-            module.__dict__[name] = types.MethodType(type(module).forward, module)

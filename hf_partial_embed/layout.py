@@ -1,8 +1,11 @@
 """Where a model has its vocabulary: which parameters have a row for each token, and what each is for.
 
-What belongs to the vocabulary is found on copies without storage (`skeleton`). Only that answer is used:
-the tables of the live model grow in place (`growth`), so ties, hooks and modules stay what they are, and
-a head that a checkpoint brought untied stays untied whatever the config says.
+Nothing here knows an architecture by its name. What a plain load will build is said by the configuration,
+so what belongs to the vocabulary is found by building the model with a larger one, without storage
+(`rebuilding`). Where a model is not what its configuration builds (it was changed by hand, or computes with
+values when it is made), its own `resize_token_embeddings` is run on a copy without storage (`resizing`).
+Only the answer is used: the tables of the live model grow in place (`growth`), so ties, hooks and modules
+stay what they are, and a head that a checkpoint brought untied stays untied whatever the config says.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import PartialEmbeddingError
-from .skeleton import input_weight, named_counts, named_tensors, plan_growth, try_call, unread_tables
+from .rebuilding import DifferentVocabularies, resizing_by_building, unread_tables
+from .resizing import resizing_by_itself
 from .storage import is_quantized, offloaded_value, plain_value, tensor_of
+from .structure import Resizing, input_weight, named_counts, named_tensors, try_call
 
 __all__ = ["Table", "VocabularyLayout", "find_layout"]
 
@@ -112,7 +117,7 @@ def find_layout(model: nn.Module, size: int | None = None) -> VocabularyLayout:
         `PartialEmbeddingError`: the model has no input embeddings, or none that can be found; it is
             sharded or on the meta device. Nothing has changed.
     """
-    resizing = plan_growth(model, size or 0)
+    resizing = _plan_growth(model, size or 0)
     live = dict(named_tensors(model))
     keys = _keys(model, live)
     names: dict[int, list[str]] = {}
@@ -156,6 +161,38 @@ def find_layout(model: nn.Module, size: int | None = None) -> VocabularyLayout:
     rows = [table.grown_size - table.tail for table in found if table.role in ("input", "output")]
     return VocabularyLayout(
         tables=found, counts=counts, tied=head is found[0], has_head=head is not None, reach=min(rows)
+    )
+
+
+def _plan_growth(model: Any, size: int) -> Resizing:
+    """Find out what has to change in a model for its vocabulary to have `size` rows.
+
+    Args:
+        model: a `transformers` model, or a wrapper that passes its attributes through.
+        size: ids below it are to have a row, in the input embeddings and in the head. Where they have
+            that already, what belongs to the vocabulary is found all the same.
+
+    Raises:
+        `PartialEmbeddingError`: neither way gives an answer; says what each of them met.
+    """
+    if not hasattr(model, "config") and try_call(model, "get_input_embeddings") is None:
+        raise PartialEmbeddingError(
+            f"{type(model).__name__} has no input embeddings to add rows to: it has no configuration, and no "
+            "get_input_embeddings(). Pass a transformers model; for a network of your own there is SplitEmbedding."
+        )
+    reasons = []
+    for plan in (resizing_by_building, resizing_by_itself):
+        try:
+            return plan(model, size)
+        except DifferentVocabularies:
+            raise
+        except Exception as error:  # noqa: BLE001  # a stranger's constructor may raise anything
+            kind = "" if isinstance(error, PartialEmbeddingError) else f"{type(error).__name__}: "
+            reasons.append(f"{kind}{error}".rstrip("."))
+    raise PartialEmbeddingError(
+        f"{type(model).__name__} cannot grow its vocabulary to {size} rows. Built from its configuration: "
+        f"{reasons[0]}. By its own resize_token_embeddings: {reasons[1]}. Pass the part of the model that has the "
+        "token embeddings, if there is one."
     )
 
 

@@ -24,6 +24,7 @@ from hf_partial_embed import (
     add_tokens,
     attachment,
     load_tokens,
+    steps,
     train_tokens,
 )
 
@@ -651,23 +652,23 @@ def test_rows_are_saved_with_the_adapter_when_its_config_says_so(tied, tmp_path)
     assert torch.equal(partial.token_rows().input_rows, next(t for n, t in rows.items() if "embed" in n))
 
 
-STEPS = [name for name in vars(attachment) if name.startswith("_") and hasattr(vars(attachment)[name], "lasts")]
+STEPS = [name for name, value in vars(steps).items() if hasattr(value, "do") and name != "Step"]
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("step", [name for name in STEPS if name != "_Step"])
+@pytest.mark.parametrize("step", STEPS)
 def test_a_fault_in_any_step_leaves_everything_as_it_was(monkeypatch, strategy, tied, step, when):
     tokenizer = bpe_tokenizer()
     model = build_model("phi", len(tokenizer), tied=tied)
     first = add_tokens(model, tokenizer, ["<first>"], strategy=strategy)
     before, rows = state_of(model, tokenizer), first.token_rows()
-    cls, calls = getattr(attachment, step), 0
+    cls, calls = getattr(steps, step), 0
     original = cls.do
 
     def broken(self):
         nonlocal calls
         calls += 1
-        if calls == 2 or step in ("_AddTokens", "_Grow", "_OpenScope", "_HideRows"):
+        if calls == 2 or step in ("AddTokens", "MakePlain", "Grow", "OpenScope", "HideRows"):
             if when == "after":
                 original(self)
             raise RuntimeError("injected")

@@ -433,7 +433,7 @@ BAD_TOKENS = {
 }
 
 BAD_OPTIONS = {
-    "init": ({"init": "magic"}, "init='magic' is no initialiser. Choose one of ['mean', 'subtoken_mean'], or pass"),
+    "init": ({"init": "magic"}, "init='magic' is no initialiser. Choose one of ["),
     "init of another type": ({"init": ["mean"]}, "init=['mean'] is no initialiser."),
     "strategy": ({"strategy": "magic"}, "strategy='magic' is unknown. Choose 'split' or 'mask'."),
     "output": ({"output": "no"}, "output='no' is unknown. Choose 'auto' or False."),

@@ -1,0 +1,306 @@
+"""The small changes that an attachment is made of, each of which knows how to take itself back.
+
+They hold data, no closures, so that an attachment can be deep-copied together with its model.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from tokenizers import AddedToken
+from torch import Tensor, nn
+
+from .growth import Growth
+from .layout import Table, VocabularyLayout
+from .mask import MaskHandle
+from .rows import ForwardScope, PartialModule
+from .split import split_module, unsplit_module
+from .storage import PlainTables
+from .vocabulary import add_to_tokenizer, remove_from_tokenizer
+
+__all__ = [
+    "SCOPE",
+    "AddTokens",
+    "Freeze",
+    "Grow",
+    "HideRows",
+    "MakePlain",
+    "Mask",
+    "OpenScope",
+    "SetAttribute",
+    "Split",
+    "Step",
+    "WriteRows",
+]
+
+# The attribute of a model under which its ForwardScope is kept.
+SCOPE = "_partial_embedding_scope"
+
+
+class Step(Protocol):
+    """A change that can be taken back, also when it was done only in part."""
+
+    lasts: bool  # whether merge() leaves it
+
+    def do(self) -> None: ...
+
+    def undo(self) -> None: ...
+
+
+class AddTokens:
+    lasts = True
+
+    def __init__(self, tokenizer: Any, tokens: list[AddedToken]) -> None:
+        self.tokenizer, self.tokens, self.ids = tokenizer, tokens, list[int]()
+
+    def do(self) -> None:
+        self.ids = add_to_tokenizer(self.tokenizer, self.tokens)
+
+    def undo(self) -> None:
+        if self.ids:
+            remove_from_tokenizer(self.tokenizer, [token.content for token in self.tokens])
+            self.ids = []
+
+
+class MakePlain:
+    lasts = True
+
+    def __init__(self, model: Any, layout: VocabularyLayout) -> None:
+        self.model, self.layout, self.tables = model, layout, None
+
+    tables: PlainTables | None
+
+    def do(self) -> None:
+        self.tables = PlainTables(self.model, [table.holders for table in self.layout.tables])
+
+    def undo(self) -> None:
+        if self.tables is not None:
+            self.tables.undo()
+            self.tables = None
+
+
+class Grow:
+    lasts = True
+
+    def __init__(self, layout: VocabularyLayout) -> None:
+        self.layout, self.growth = layout, None
+
+    growth: Growth | None
+
+    def do(self) -> None:
+        self.growth = Growth(self.layout)
+
+    def undo(self) -> None:
+        if self.growth is not None:
+            self.growth.undo()
+            self.growth = None
+
+
+class WriteRows:
+    """Write values into a table; what stood there is kept."""
+
+    lasts = True
+
+    def __init__(self, table: Table, ids: list[int], rows: Tensor) -> None:
+        self.table, self.ids, self.values, self.before = table, ids, rows.detach(), None
+
+    before: Tensor | None
+
+    def do(self) -> None:
+        self.before = self.table.rows(self.ids)
+        self._write(self.values)
+        self.values = self.values[:0]
+
+    @torch.no_grad()
+    def _write(self, values: Tensor) -> None:
+        tensor, dim = self.table.tensor, self.table.dim
+        index = torch.tensor(self.ids, device=tensor.device)
+        tensor.data.index_copy_(dim, index, values.to(tensor).movedim(0, dim))
+
+    def undo(self) -> None:
+        if self.before is not None:
+            self._write(self.before)
+            self.before = None
+
+
+class Freeze:
+    lasts = False
+
+    def __init__(self, module: nn.Module, attribute: str) -> None:
+        self.module, self.attribute, self.before = module, attribute, None
+
+    before: bool | None
+
+    def do(self) -> None:
+        parameter = self.module._parameters[self.attribute]
+        assert parameter is not None
+        self.before = parameter.requires_grad
+        parameter.requires_grad_(False)
+
+    def undo(self) -> None:
+        parameter = self.module._parameters[self.attribute]
+        if self.before is not None and parameter is not None:
+            parameter.requires_grad_(self.before)
+            self.before = None
+
+
+class Split:
+    lasts = False
+
+    def __init__(self, table: Table, rows: nn.Parameter, ids: list[int], scope: ForwardScope) -> None:
+        self.table, self.rows, self.ids, self.scope = table, rows, ids, scope
+        self.row_name = ""
+        self._done: list[tuple[nn.Module, dict[str, str], list[str]]] = []
+        self._hooks: list[Any] = []
+
+    def do(self) -> None:
+        (owner, name), *tied = self.table.holders
+        with _hooked_forward_kept(owner):
+            names = split_module(
+                owner,
+                {name: self.rows},
+                self.ids,
+                dims={name: self.table.dim},
+                scope=self.scope,
+                base_size=self.table.size,
+            )
+        self.row_name = names[name]
+        self._done.append((owner, names, []))
+        assert isinstance(owner, PartialModule)
+        for module, attribute in tied:
+            with _hooked_forward_kept(module):
+                shared = {attribute: owner._row_sources[name]}
+                split_module(module, {}, self.ids, shared=shared, scope=self.scope)
+            self._done.append((module, {}, [attribute]))
+        for module, _ in self.table.holders:
+            # A forward of its own may read the table where the model's forward is not entered.
+            if isinstance(module, PartialModule) and module._unsplit_class not in (nn.Embedding, nn.Linear):
+                self._hooks += self.scope.hook(module)
+
+    def undo(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        # The owner first: a tied module gives its rows up when the owner has none left.
+        for module, names, shared in self._done:
+            assert isinstance(module, PartialModule)
+            with _hooked_forward_kept(module):
+                unsplit_module(module, names, shared, len(self.ids))
+        self._done = []
+
+
+class Mask:
+    """Mask a table's gradient; row sets on the same table let each other's rows through."""
+
+    lasts = False
+
+    def __init__(self, table: Table, ids: list[int], others: list[MaskHandle]) -> None:
+        self.table, self.ids, self.others, self.handle = table, ids, others, None
+
+    handle: MaskHandle | None
+
+    def do(self) -> None:
+        module, attribute = self.table.holders[0]
+        others = self.others[0].ids if self.others else []
+        self.handle = MaskHandle({attribute: module}, [*others, *self.ids], self.table.dim)
+        for other in self.others:
+            other.ids = [*other.ids, *self.ids]
+
+    def undo(self) -> None:
+        if self.handle is not None:
+            for other in self.others:
+                other.ids = [token_id for token_id in other.ids if token_id not in set(self.ids)]
+            self.handle.remove()
+            self.handle = None
+
+
+class OpenScope:
+    """Hook the model's forward, once for all its row sets."""
+
+    lasts = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.hooks = model, list[Any]()
+
+    def do(self) -> None:
+        if getattr(self.model, SCOPE, None) is None:
+            scope = ForwardScope()
+            self.hooks = scope.hook(self.model)
+            self.model.__dict__[SCOPE] = scope
+
+    def undo(self) -> None:
+        if self.hooks:
+            for hook in self.hooks:
+                hook.remove()
+            del self.model.__dict__[SCOPE]
+            self.hooks = []
+
+
+class HideRows:
+    """Keep the rows' own keys out of what `save_pretrained` writes: the tables hold them there."""
+
+    lasts = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.steps = model, list[SetAttribute]()
+
+    def do(self) -> None:
+        keys = [
+            f"{name}.{key}" if name else key
+            for name, module in self.model.named_modules(remove_duplicate=False)
+            if isinstance(module, PartialModule) and "new_rows" in module._modules
+            for key in (f"new_rows.{row_name}" for row_name in module.new_rows._parameters)
+        ]
+        for prefix, module in self.model.named_modules():
+            if hasattr(type(module), "_keys_to_ignore_on_save"):
+                start = f"{prefix}." if prefix else ""
+                own = [key.removeprefix(start) for key in keys if key.startswith(start)]
+                ignored = sorted({*(module._keys_to_ignore_on_save or ()), *own})
+                step = SetAttribute(module, "_keys_to_ignore_on_save", ignored)
+                self.steps.append(step)
+                step.do()
+
+    def undo(self) -> None:
+        while self.steps:
+            self.steps.pop().undo()
+
+
+class SetAttribute:
+    """Set an attribute of the instance; where it had none, it has none afterwards."""
+
+    lasts = False
+
+    def __init__(self, owner: Any, name: str, value: Any) -> None:
+        self.owner, self.name, self.value = owner, name, value
+        self.done, self.had, self.before = False, False, None
+
+    def do(self) -> None:
+        self.had = self.name in self.owner.__dict__
+        self.before = self.owner.__dict__.get(self.name)
+        self.owner.__dict__[self.name] = self.value
+        self.done = True
+
+    def undo(self) -> None:
+        if self.done and self.had:
+            self.owner.__dict__[self.name] = self.before
+        elif self.done:
+            self.owner.__dict__.pop(self.name, None)
+        self.done = False
+
+
+@contextmanager
+def _hooked_forward_kept(module: nn.Module) -> Iterator[None]:
+    """Let accelerate's hook call the forward of the class that the module has afterwards.
+
+    The hook stands in front of a bound method of the class that it found, kept on the instance; taking
+    the hook off leaves that method there.
+    """
+    before = type(module).forward
+    yield
+    for name in ("forward", "_old_forward"):
+        if getattr(module.__dict__.get(name), "__func__", None) is before:
+            module.__dict__[name] = types.MethodType(type(module).forward, module)
