@@ -21,7 +21,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
 from .errors import PartialEmbeddingError, count
 from .rows_file import ROWS_FILE, write_atomically
@@ -29,6 +28,9 @@ from .rows_file import ROWS_FILE, write_atomically
 __all__ = ["hub_errors", "locate_rows", "merged_card", "rows_card", "upload", "write_card"]
 
 logger = logging.getLogger(__name__)
+
+# What the HTTP library raises without an answer. huggingface_hub has changed the library between its versions.
+_HTTPError: type[Exception] = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 
 _LIBRARY = "hf_partial_embed"
 _CARD = "README.md"
@@ -61,7 +63,7 @@ def hub_errors(problem: str, revision: str | None = None) -> Iterator[None]:
     """Let whatever `huggingface_hub` raises be a `PartialEmbeddingError` that says what to do."""
     try:
         yield
-    except (httpx.HTTPError, EntryNotFoundError, OSError, ValueError, RuntimeError) as error:
+    except (_HTTPError, EntryNotFoundError, OSError, ValueError, RuntimeError) as error:
         raise PartialEmbeddingError(f"{problem}: {_reason(error, revision)}") from error
 
 
