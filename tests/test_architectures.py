@@ -18,6 +18,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -531,6 +532,7 @@ class Case:
 
 CHECKS = [name.removeprefix("check_") for name in vars(Case) if name.startswith("check_")]
 NOT_OURS = ("transformers", "plain_reload")
+USUAL_CHECKS = [check for check in CHECKS if check != "compile"]  # which takes longer than all others
 
 
 class _TooLong(BaseException):
@@ -542,7 +544,7 @@ def _alarm(*_: object) -> None:
 
 
 def examine(
-    name: str, strategy: str = "split", *, flip: bool = False, compile: bool = False, seconds: int = 0
+    name: str, strategy: str = "split", *, flip: bool = False, checks: Sequence[str] = (), seconds: int = 0
 ) -> dict[str, Any]:
     """All checks on one class: `"ok"`, `"skip: ..."` or `"FAIL: ..."` each; or why there are none."""
     torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
@@ -564,7 +566,7 @@ def examine(
                 return result
             result["tied"] = case.is_tied
             for check in CHECKS:
-                if check == "compile" and not compile:
+                if check not in (checks or USUAL_CHECKS):
                     continue
                 try:
                     getattr(case, f"check_{check}")()
@@ -626,16 +628,16 @@ def _start_worker() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def _examine(task: tuple[str, str, bool, bool]) -> dict[str, Any]:
-    name, strategy, flip, compile = task
-    return examine(name, strategy, flip=flip, compile=compile, seconds=SECONDS)
+def _examine(task: tuple[str, str, bool, list[str]]) -> dict[str, Any]:
+    name, strategy, flip, checks = task
+    return examine(name, strategy, flip=flip, checks=checks, seconds=SECONDS)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--strategy", choices=["split", "mask"], help="only this one (default: both)")
     parser.add_argument("--ties", choices=["default", "flipped"], help="only these (default: both)")
-    parser.add_argument("--compile", action="store_true", help="also torch.compile (slow)")
+    parser.add_argument("--check", action="append", choices=CHECKS, help="only this; default: all but compile")
     parser.add_argument("--only", action="append", help="a class; may be repeated")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--json", help="write all outcomes to this file")
@@ -644,7 +646,7 @@ def main(arguments: list[str] | None = None) -> None:
     for strategy in [options.strategy] if options.strategy else ["split", "mask"]:
         for ties in [options.ties] if options.ties else ["default", "flipped"]:
             print(f"\n=== {strategy}, {ties} ties\n", flush=True)
-            tasks = [(name, strategy, ties == "flipped", options.compile) for name in names]
+            tasks = [(name, strategy, ties == "flipped", options.check or []) for name in names]
             results = []
             with ProcessPoolExecutor(options.jobs, get_context("spawn"), _start_worker) as pool:
                 for result in tqdm(pool.map(_examine, tasks), total=len(tasks), desc=f"{strategy}, {ties} ties"):
@@ -685,6 +687,8 @@ def _print_totals(ran: list[dict[str, Any]], asked: int) -> None:
     )
     for check in CHECKS:
         outcomes = Counter(r["checks"][check].partition(":")[0] for r in ran if check in r["checks"])
+        if not outcomes:
+            continue
         note = " (transformers itself)" if check in NOT_OURS else ""
         print(f"  {check + note:40} ok {outcomes['ok']:4}  skip {outcomes['skip']:4}  FAIL {outcomes['FAIL']:4}")
     grown = [result for result in ran if result["checks"].get("transformers") == "ok"]
