@@ -265,7 +265,10 @@ def unread_tables(model: Any, names: Iterable[str]) -> set[str]:
         names: of the tables, all names of each.
     """
     root, prefix = _built_part(model)
-    skeleton = _Builds(type(root), root.config).build({}).eval()
+    try:
+        skeleton = _Builds(type(root), root.config).build({}).eval()
+    except Exception:  # noqa: BLE001  # a model that is not what its configuration builds: nothing is known
+        return set()
     tables = {prefix + name: id(tensor_of(*holder)) for name, holder in named_tensors(skeleton)}
     tables = {name: tables[name] for name in names if name in tables}
     with _Reads(set(tables.values())) as reads:

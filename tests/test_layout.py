@@ -120,3 +120,17 @@ def test_finding_the_layout_changes_nothing_and_draws_no_random_numbers():
     find_layout(model, 200)
     assert torch.equal(torch.get_rng_state(), random)
     assert_same(before, model_state(model))
+
+
+def test_a_model_that_its_configuration_does_not_build_grows_by_its_own_method(tied):
+    model = zoo.build("Gemma3nForCausalLM", tied)  # two tables of embeddings
+
+    def refuses(self, config):
+        raise RuntimeError("made by hand")
+
+    model.__class__ = type("MadeByHand", (type(model),), {"__init__": refuses})
+    before = logits_of(model, torch.arange(50, 60)[None])
+    partial = add_tokens(model, zoo.tokenizer_of(zoo.VOCAB), TOKENS)
+    assert partial.token_ids == [zoo.VOCAB, zoo.VOCAB + 1, zoo.VOCAB + 2]
+    assert torch.equal(logits_of(model, torch.arange(50, 60)[None])[..., : zoo.VOCAB], before)
+    assert len(list(partial.parameters())) == (2 if tied else 3)
