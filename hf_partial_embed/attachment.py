@@ -34,7 +34,7 @@ from .steps import (
     Split,
     Step,
     WriteRows,
-)  # fmt: skip
+)
 from .vocabulary import known_id
 
 __all__ = ["Attachment", "attachments_of"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +17,14 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from .errors import PartialEmbeddingError, count, shorten
 from .hub import hub_errors
 
-__all__ = ["CheckpointReport", "TableReport", "checkpoint_files", "checkpoint_folder", "verify_checkpoint"]
+__all__ = [
+    "CheckpointReport",
+    "TableReport",
+    "checkpoint_files",
+    "checkpoint_folder",
+    "reading_errors",
+    "verify_checkpoint",
+]
 
 _PIECE_BYTES = 1 << 22
 _INDEX = "model.safetensors.index.json"
@@ -161,24 +168,31 @@ def _changed_rows(old: _StoredTensor, new: _StoredTensor, rows: int) -> Iterator
                 yield from (first + row for row, at in enumerate(starts) if a[at : at + width] != b[at : at + width])
 
 
+@contextmanager
+def reading_errors(source: str | os.PathLike[str]) -> Iterator[None]:
+    """Let whatever a damaged checkpoint raises be a `PartialEmbeddingError` that names it."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if isinstance(error, PartialEmbeddingError):
+            raise
+        raise PartialEmbeddingError(
+            f"Cannot read the checkpoint {str(source)!r}: {type(error).__name__}: {error}"
+        ) from error
+
+
 class _Checkpoint:
     """The tensors of a saved checkpoint, to be read piece by piece."""
 
     def __init__(self, source: str | os.PathLike[str], stack: ExitStack) -> None:
         folder = checkpoint_folder(source)
-        try:
+        with reading_errors(source):
             self.tensors = {
                 name: tensor
                 for file in checkpoint_files(folder)
                 for name, tensor in _stored_tensors(folder / file, stack)
             }
             self.sizes = set(_vocabulary_sizes(folder))
-        except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            if isinstance(error, PartialEmbeddingError):
-                raise
-            raise PartialEmbeddingError(
-                f"Cannot read the checkpoint {str(source)!r}: {type(error).__name__}: {error}"
-            ) from error
 
 
 def _stored_tensors(path: Path, stack: ExitStack) -> Iterator[tuple[str, _StoredTensor]]:

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
-from .checkpoints import checkpoint_files, checkpoint_folder
+from .checkpoints import checkpoint_files, checkpoint_folder, reading_errors
 from .errors import PartialEmbeddingError, shorten
 from .hub import hub_errors
 
@@ -84,19 +84,13 @@ def input_table(source: str | os.PathLike[str]) -> Tensor:
     prefix = f"{model.base_model_prefix}."
     wanted = {*names, *(name.removeprefix(prefix) for name in names), *(prefix + name for name in names)}
     folder = checkpoint_folder(source)
-    try:
+    with reading_errors(source):
         for file in checkpoint_files(folder):
             with safe_open(folder / file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118
                     if key in wanted and tuple(opened.get_slice(key).get_shape()) == tuple(weight.shape):
                         table: Tensor = opened.get_tensor(key)
                         return table
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        if isinstance(error, PartialEmbeddingError):
-            raise
-        raise PartialEmbeddingError(
-            f"Cannot read the checkpoint {str(source)!r}: {type(error).__name__}: {error}"
-        ) from error
     raise PartialEmbeddingError(
         f"The checkpoint {str(source)!r} has no tensor {shorten(sorted(wanted))} of shape {tuple(weight.shape)}, "
         f"which {type(model).__name__} has its input embeddings in."

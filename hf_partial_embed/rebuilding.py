@@ -27,6 +27,7 @@ from .structure import (
     input_weight,
     named_counts,
     named_tensors,
+    output_weight,
     quiet,
     shapes_of,
     try_call,
@@ -126,7 +127,7 @@ def _vocabulary_fields(
     They are the ones with which the input embeddings, a decoder's or the head grow, and those that say
     the same of another part of the model.
     """
-    weight, head = input_weight(root), getattr(try_call(root, "get_output_embeddings"), "weight", None)
+    weight, head = input_weight(root), output_weight(root)
     sizes = {tensor.shape[0] for tensor in (weight, head) if isinstance(tensor, Tensor)}
     decoder = try_call(root, "get_decoder")
     decoded = input_weight(decoder) if isinstance(decoder, nn.Module) else None
@@ -220,7 +221,7 @@ def _check_one_vocabulary(model: Any, values: dict[Path, int], root: Any) -> Non
     """
     if len(set(values.values())) == 1:
         return
-    weight, head = input_weight(root), getattr(try_call(root, "get_output_embeddings"), "weight", None)
+    weight, head = input_weight(root), output_weight(root)
     head_is_longer = weight is not None and isinstance(head, Tensor) and head.shape[0] > weight.shape[0]
     if head_is_longer or len({path[:-1] for path in values}) > 1:
         listed = ", ".join(f"{'.'.join(path)}={value}" for path, value in values.items())

@@ -23,6 +23,7 @@ __all__ = [
     "members_of",
     "named_counts",
     "named_tensors",
+    "output_weight",
     "quiet",
     "shapes_of",
     "try_call",
@@ -62,6 +63,11 @@ def input_weight(model: nn.Module) -> Any:
     """The table of the input embeddings; `None` where the model does not say which it is."""
     weight = getattr(try_call(model, "get_input_embeddings"), "weight", None)
     return weight if isinstance(weight, Tensor) and weight.dim() == 2 else None
+
+
+def output_weight(model: nn.Module) -> Any:
+    """The weight of the head; `None` where the model does not say which it is."""
+    return getattr(try_call(model, "get_output_embeddings"), "weight", None)
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
