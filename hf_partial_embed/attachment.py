@@ -15,12 +15,12 @@ import torch
 from tokenizers import AddedToken
 from torch import Tensor, nn
 
-from .digest import row_digests
 from .errors import FrozenRowsChangedError, PartialEmbeddingError, shorten
 from .layout import Table, VocabularyLayout, find_layout
 from .mask import MaskHandle
 from .resizing import REGISTRY
 from .rows import ForwardScope, PartialModule
+from .sharding import is_sharded, part_of, trained_rows, write_part
 from .steps import (
     SCOPE,
     AddTokens,
@@ -99,6 +99,11 @@ class Attachment:
         """Whether something (accelerate) holds the values of the tables or rows, which are on the meta device."""
         return any(table.tensor.is_meta or self.parameter(table).is_meta for table in self.trained)
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of the tables or rows only."""
+        return any(table.sharded or self._rows_sharded(table) for table in self.trained)
+
     def apply(self, layout: VocabularyLayout | None = None) -> None:
         """Put the rows on. On any error everything is as it was before.
 
@@ -134,7 +139,7 @@ class Attachment:
         for module in self.model.modules():
             if hasattr(type(module), "resize_token_embeddings"):
                 self._do(SetAttribute(module, "resize_token_embeddings", _refuse_resize))
-        self._digests = {table.name: row_digests(table.tensor, table.dim) for table in self.trained}
+        self._digests = {table.name: table.digests() for table in self.trained}
         self._do(SetAttribute(self.model, REGISTRY, [*attachments_of(self.model), self]))
 
     def _write_rows(self, table: Table) -> None:
@@ -234,8 +239,22 @@ class Attachment:
         if self.attached and (self.strategy == "mask" or table not in self.trained):
             rows = table.rows(self.ids)
         else:
-            rows = self.parameter(table)
+            rows = trained_rows(self.parameter(table), self._rows_shape(table))
         return rows.detach().to("cpu", copy=True)
+
+    def set_rows(self, table: Table, values: Tensor) -> None:
+        """Set the trainable rows of a table, under `"split"`."""
+        rows, shape = self.parameter(table), self._rows_shape(table)
+        if is_sharded(rows, shape):
+            write_part(part_of(rows, shape), range(shape[0]), values)
+        else:
+            rows.data.copy_(values)
+
+    def _rows_shape(self, table: Table) -> tuple[int, ...]:
+        return (len(self.ids), *table.shape[: table.dim], *table.shape[table.dim + 1 :])
+
+    def _rows_sharded(self, table: Table) -> bool:
+        return self.strategy == "split" and is_sharded(self.parameter(table), self._rows_shape(table))
 
     def protect(self, optimizer: Any) -> None:
         """`MaskHandle.protect` for every table; under `"split"` there is nothing to do."""
@@ -251,7 +270,7 @@ class Attachment:
         """
         changed = {}
         for table in self.trained:
-            now, before = row_digests(table.tensor, table.dim), self._digests[table.name]
+            now, before = table.digests(), self._digests[table.name]
             differs = now[: len(before)] != before
             for attachment in attachments_of(self.model):
                 differs[[token_id for token_id in attachment.ids if token_id < len(before)]] = False
@@ -271,7 +290,7 @@ class Attachment:
             for table in self.trained:
                 module, attribute = table.holders[0]
                 if isinstance(module, PartialModule):
-                    module.write_rows(attribute)
+                    module.write_rows([attribute])
             self._keep_rows()
             for step in reversed(self._steps):
                 if not step.lasts:

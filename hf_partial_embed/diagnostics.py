@@ -167,7 +167,7 @@ class RowDiagnostics:
     def _norms_of_old_rows(self) -> Any:
         new = set(self.partial.token_ids)
         for key, table in self.partial.trained_tables().items():
-            if key not in ("input_rows", "output_rows") or hasattr(table.tensor, "full_tensor"):
+            if key not in ("input_rows", "output_rows") or table.sharded:
                 continue  # a sharded table would have to be gathered
             step = max(1, table.size // _SAMPLED_NORMS)
             ids = [token_id for token_id in range(0, table.size, step) if token_id not in new]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .layout import Table, VocabularyLayout
+from .rows import note_size
 
 __all__ = ["Growth"]
 
@@ -48,6 +49,8 @@ class Growth:
         grown.narrow(dim, new - table.tail, table.tail).copy_(tail)
         tensor.grad = None
         tensor.data = grown
+        for module, attribute in table.holders:
+            note_size(module, attribute)
 
     def undo(self) -> None:
         """Give the tables their old size and bits, and the counts their old values."""
@@ -59,5 +62,7 @@ class Growth:
                 tensor.grad = None
                 tensor.data = tensor.detach().narrow(dim, 0, table.size).clone()
                 tensor.data.narrow(dim, table.size - table.tail, table.tail).copy_(tail)
+                for module, attribute in table.holders:
+                    note_size(module, attribute)
             tensor.grad = gradient
         self._counts, self._tables = [], []

@@ -16,9 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .digest import row_digests
 from .errors import PartialEmbeddingError
 from .rebuilding import DifferentVocabularies, resizing_by_building, unread_tables
 from .resizing import resizing_by_itself
+from .rows import PartialModule
+from .sharding import is_dtensor, is_sharded, part_of, sharded_row_digests, whole_rows, write_part
 from .storage import is_quantized, offloaded_value, plain_value, tensor_of
 from .structure import Resizing, input_weight, named_counts, named_tensors, try_call
 
@@ -71,15 +74,45 @@ class Table:
         module, attribute = self.holders[0]
         return attribute in module._parameters
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole of it, at present."""
+        module, attribute = self.holders[0]
+        source = module._row_sources.get(attribute) if isinstance(module, PartialModule) else None
+        return tuple(self.tensor.shape) if source is None else source.shape
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of it at the moment; then every one has to call what follows."""
+        return is_sharded(self.tensor, self.shape)
+
     def values(self) -> Tensor:
-        """The table as an ordinary tensor, not to be changed; computed, where it is quantised or offloaded."""
-        return plain_value(*self.holders[0])
+        """The table as an ordinary tensor, not to be changed; computed, where it is quantised, offloaded or sharded."""
+        return whole_rows(self.tensor, self.shape) if self.sharded else plain_value(*self.holders[0])
 
     def rows(self, ids: list[int]) -> Tensor:
         """Copies of rows, `[K, ...]`."""
+        if self.sharded and self.dim == 0:
+            return whole_rows(self.tensor, self.shape, ids)
         values = self.values()
         index = torch.tensor(ids, device=values.device, dtype=torch.int64)
         return values.index_select(self.dim, index).movedim(self.dim, 0)
+
+    @torch.no_grad()
+    def write(self, ids: list[int], rows: Tensor) -> None:
+        """Write rows, `[K, ...]`, into it."""
+        tensor = self.tensor
+        if self.sharded:
+            write_part(part_of(tensor, self.shape), ids, rows)
+        else:
+            index = torch.tensor(ids, device=tensor.device)
+            tensor.data.index_copy_(self.dim, index, rows.to(tensor).movedim(0, self.dim))
+
+    def digests(self) -> Tensor:
+        """`row_digests` of the whole table."""
+        if self.sharded and self.dim == 0:
+            return sharded_row_digests(self.tensor, self.shape)
+        return row_digests(self.values(), self.dim)
 
 
 @dataclass(eq=False)
@@ -144,6 +177,7 @@ def find_layout(model: nn.Module, size: int | None = None) -> VocabularyLayout:
             f"{type(model).__name__}: what grows with its vocabulary is {[table.name for table in found]}, and none "
             "of it is a table of token embeddings. Pass the part of the model that has one."
         )
+    _check_parallel(model)
     for table in found:
         _check_storage(model, table)
     _check_softmax(model, found)
@@ -272,6 +306,16 @@ def _check_softmax(model: nn.Module, tables: list[Table]) -> None:
             )
 
 
+def _check_parallel(model: Any) -> None:
+    """Refuse tensor parallelism, where a layer's parts do not see all of the rows that train."""
+    size = getattr(model, "_tp_size", None)
+    if isinstance(size, int) and size > 1:
+        raise PartialEmbeddingError(
+            f"{type(model).__name__} is split over {size} devices by tensor parallelism (tp_plan), under which rows "
+            "cannot train. Load it without tp_plan, and shard it with FSDP (DistributedConfig(fsdp_size=...))."
+        )
+
+
 def _check_storage(model: nn.Module, table: Table) -> None:
     tensor = table.tensor
     module, attribute = table.holders[0]
@@ -281,13 +325,22 @@ def _check_storage(model: nn.Module, table: Table) -> None:
             f"{where} has no values here: it is on the meta device, and accelerate has none of it either. Load the "
             "model's weights before tokens are added."
         )
+    if hasattr(tensor, "ds_id"):
+        raise PartialEmbeddingError(
+            f"{where} is held by DeepSpeed ZeRO-3, which has sharded it at loading: rows cannot be added to it now. "
+            "Load the model and add the tokens before TrainingArguments(deepspeed=...) or HfDeepSpeedConfig is made."
+        )
+    if is_dtensor(tensor):
+        part_of(tensor, table.shape)  # refuses what is not sharded by rows
+        if table.grown_size > table.size or table.dim:
+            raise PartialEmbeddingError(
+                f"{where} is sharded already, and has {table.size} rows, where {table.grown_size} are needed: a "
+                "sharded table cannot grow. Add the tokens before the model is sharded. Where it is sharded at "
+                "loading (DistributedConfig), load it whole once, add_tokens, save model and tokenizer, load that "
+                "sharded, and call train_tokens with the same tokens."
+            )
+        return
     if type(tensor) is not (nn.Parameter if table.is_parameter else Tensor) and not is_quantized(tensor):
         raise PartialEmbeddingError(
-            f"{where} is a {type(tensor).__name__}, sharded or of a class that is not known here: rows cannot be "
-            "added to it. Add the tokens before the model is sharded."
-        )
-    if tensor.numel() == 0:
-        raise PartialEmbeddingError(
-            f"{where} has no values here: another engine (DeepSpeed ZeRO-3) holds them. Add the tokens before "
-            "the model is sharded."
+            f"{where} is a {type(tensor).__name__}, a class that is not known here: rows cannot be added to it."
         )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .errors import PartialEmbeddingError
 from .rows import PartialModule
+from .sharding import sharding_of
 from .split import check_ids
 
 __all__ = ["MaskHandle", "mask_gradients", "unwrap_optimizer"]
@@ -89,6 +90,7 @@ class MaskHandle:
                     "are not all here. A gradient mask cannot keep its frozen rows still: split it instead "
                     "(strategy='split')."
                 )
+            self._check_whole(name)
         self._hook_parameters()
         # The parameter may be exchanged (a deep copy, load_state_dict(assign=True)); the mask follows.
         for module in {id(module): module for module in tables.values()}.values():
@@ -114,7 +116,8 @@ class MaskHandle:
         if not any(id(self._parameter(name)) in held for name in self._tables):
             raise PartialEmbeddingError(
                 f"This {type(inner).__name__} does not hold the masked weight, so there is nothing to protect. "
-                "Pass the optimizer that was made from the model's parameters."
+                "Pass the optimizer that was made from the model's parameters. Where an engine (DeepSpeed ZeRO) steps "
+                "on flattened parts of them instead, split the table (strategy='split')."
             )
         self._protected.append(_Protection(self, inner))
 
@@ -147,7 +150,18 @@ class MaskHandle:
 
     def _before_forward(self, module: nn.Module, args: object) -> None:
         if not torch.compiler.is_compiling():
+            for name in self._tables:
+                self._check_whole(name)
             self._hook_parameters()
+
+    def _check_whole(self, name: str) -> None:
+        module = self._tables[name]
+        engine = sharding_of(module, self._parameter(name))
+        if engine is not None:
+            raise PartialEmbeddingError(
+                f"The {name} of {type(module).__name__} is sharded by {engine}, whose optimizer steps on parts of it: "
+                "a gradient mask cannot keep its frozen rows still there. Split it instead (strategy='split')."
+            )
 
     def _mask(self, grad: Tensor) -> Tensor:
         if grad.is_sparse:

@@ -18,9 +18,8 @@ def old_input_rows(partial: PartialEmbedding) -> tuple[Tensor, Tensor] | None:
     Spare rows and padding are not in the mask, nor the rows that train. On a sharded table every process
     takes part. `None` where this process does not hold the table.
     """
-    table = next(table for _, table in partial.rows_and_tables()).detach()
-    if hasattr(table, "full_tensor"):
-        table = table.full_tensor()
+    input_table = next(iter(partial.trained_tables().values()))
+    table = input_table.values().movedim(input_table.dim, 0)
     ids = partial.token_ids
     if len(table) <= max(ids):
         return None

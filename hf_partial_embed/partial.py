@@ -120,6 +120,11 @@ class PartialEmbedding:
         """What trains for one of them: its rows; under `"mask"` the whole of it."""
         return self._attachment.parameter(table)
 
+    def set_rows(self, table: Table, values: Tensor) -> None:
+        """Set the trainable rows of one of them, `[K, ...]`; on every process of a sharded run."""
+        self._require_attached("set_rows")
+        self._attachment.set_rows(table, values)
+
     def token_rows(self) -> TokenRows:
         """The rows as they are now: detached copies on the CPU."""
         attachment = self._attachment
@@ -155,17 +160,15 @@ class PartialEmbedding:
             if table in attachment.trained:
                 if key not in values or rows.tokens != self.tokens:
                     return False
-                pairs.append((attachment.parameter(table), values[key], table))
+                pairs.append((table, values[key], attachment.current_rows(table)))
         if self.strategy == "mask":
             return False
-        for parameter, value, table in pairs:
+        for table, value, now in pairs:
             dtype = table.tensor.dtype
-            if value.shape != parameter.shape:
+            if value.shape != now.shape or (if_equal_rounded and not torch.equal(value.to(dtype), now.to(dtype))):
                 return False
-            if if_equal_rounded and not torch.equal(value.to(dtype), parameter.detach().cpu().to(dtype)):
-                return False
-        for parameter, value, _ in pairs:
-            parameter.copy_(value)
+        for table, value, _ in pairs:
+            attachment.set_rows(table, value)
         return True
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
@@ -220,6 +223,7 @@ class PartialEmbedding:
             The model, an ordinary one. The tokenizer keeps the tokens.
         """
         self._require_attached("merge")
+        self._require_whole("merge")
         remove_additions(self.model)
         self._attachment.merge()
         return self.model
@@ -233,6 +237,7 @@ class PartialEmbedding:
             The rows.
         """
         self._require_attached("detach")
+        self._require_whole("detach")
         rows = self.token_rows()
         remove_additions(self.model)
         self._attachment.detach()
@@ -249,6 +254,14 @@ class PartialEmbedding:
                 f"Cannot {action}: accelerate has offloaded the rows, which are on the meta device until they are "
                 "used. An offloaded model can only be run. Train, save and merge rows before cpu_offload, "
                 "disk_offload or dispatch_model."
+            )
+
+    def _require_whole(self, action: str) -> None:
+        if self._attachment.sharded:
+            raise PartialEmbeddingError(
+                f"Cannot {action}: the model is sharded, and each process holds a part of the rows. What "
+                "model.save_pretrained writes is the merged checkpoint already: load that, or take the rows with "
+                "token_rows()."
             )
 
     def __repr__(self) -> str:

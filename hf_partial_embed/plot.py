@@ -54,7 +54,7 @@ def plot_rows(
     old_norms = table.rows(old_ids).float().norm(dim=1)
     _draw_norms(histogram, old_norms[old_norms > 0].tolist(), rows.norm(dim=1).tolist())
 
-    whole = table.tensor.detach()
+    whole = table.values()
     spare = set(range(len(whole))) - set(partial.tokenizer.get_vocab().values()) if partial.tokenizer else set()
     cosines, ids = nearest_rows(rows[:shown], whole, num_neighbours, exclude=sorted(new | spare))
     names = partial.tokens or [f"id {token_id}" for token_id in partial.token_ids]

@@ -8,13 +8,24 @@ them is written whenever somebody looks: `state_dict`, pickling, and reading `mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ForwardScope", "NewRows", "PartialModule", "RowIndex", "RowSource", "TableProperty"]
+from .sharding import is_dtensor, is_sharded, part_of, whole_rows, write_part
+
+__all__ = [
+    "ForwardScope",
+    "NewRows",
+    "PartialModule",
+    "RowIndex",
+    "RowSource",
+    "TableProperty",
+    "note_size",
+    "write_rows_into",
+]
 
 
 class NewRows(nn.Module):
@@ -25,6 +36,10 @@ class NewRows(nn.Module):
     PEFT's `modules_to_save` all work by module.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
     def forward(self, table_name: str) -> Tensor:
         """The rows of all sets of one table, `[K, ...]`, in the order in which they were attached."""
         rows: list[Tensor] = [getattr(self, name) for name in self.set_names(table_name)]
@@ -32,7 +47,7 @@ class NewRows(nn.Module):
 
     def set_names(self, table_name: str) -> list[str]:
         """Names of the parameters that hold rows of `table_name`, in the order of attachment."""
-        return [name for name in self._parameters if name.partition("__")[0] == table_name]
+        return [name for name in self.shapes if name.partition("__")[0] == table_name]
 
     def add_set(self, table_name: str, rows: nn.Parameter) -> str:
         """Register `rows` as one more set of rows of `table_name`; returns the parameter's name."""
@@ -40,6 +55,7 @@ class NewRows(nn.Module):
         number = 1 + max((int(name.partition("__")[2] or 0) for name in existing), default=-1)
         name = f"{table_name}__{number}" if number else table_name
         self.register_parameter(name, rows)
+        self.shapes[name] = tuple(rows.shape)
         return name
 
     def _load_from_state_dict(
@@ -117,16 +133,35 @@ class ForwardScope:
 class RowSource:
     """Where a table of a split module has its trainable rows: in which module, under which name."""
 
-    def __init__(self, owner: PartialModule, table_name: str, index: RowIndex, dim: int = 0) -> None:
+    def __init__(
+        self, owner: PartialModule, table_name: str, index: RowIndex, shape: Sequence[int], dim: int = 0
+    ) -> None:
         self.owner = owner
         self.table_name = table_name
         self.index = index
+        self.shape = tuple(shape)
         self.dim = dim
 
     def rows(self) -> Tensor:
         """All trainable rows, `[K, ...]`, in their own dtype."""
         rows: Tensor = self.owner.new_rows(self.table_name)
         return rows
+
+    def sets(self) -> list[tuple[str, Tensor, tuple[int, ...]]]:
+        """The row sets: name in `new_rows`, parameter, and the shape of the whole of it."""
+        holder = self.owner.new_rows
+        return [(name, getattr(holder, name), holder.shapes[name]) for name in holder.set_names(self.table_name)]
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of the rows at the moment."""
+        return any(is_sharded(rows, shape) for _, rows, shape in self.sets())
+
+    def whole_rows(self) -> Tensor:
+        """All trainable rows, detached; also outside of forwards where they are sharded, if every process asks."""
+        if not self.sharded:
+            return self.rows().detach()  # which brings them back where accelerate has put them elsewhere
+        return torch.cat([whole_rows(rows, shape) for _, rows, shape in self.sets()])
 
     def lookup(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         return self.index.lookup(input_ids, self.owner.row_buffers(self.table_name))
@@ -190,16 +225,19 @@ class PartialModule(nn.Module):
         sorted_ids, order = (self._buffers.get(name) for name in self.index_buffers(table_name))
         return None if sorted_ids is None or order is None else (sorted_ids, order)
 
-    def table(self, name: str) -> nn.Parameter:
+    def raw_table(self, name: str) -> Any:
+        """The parameter itself; in a forward under FSDP1 the view of its flat one that stands for it."""
+        return self._parameters[name] if name in self._parameters else self.__dict__[name]
+
+    def table(self, name: str) -> Tensor:
         """The parameter itself, with the current rows written into it."""
-        self.write_rows(name)
-        table = self._parameters[name]
-        assert table is not None
+        self.write_rows([name])
+        table: Tensor = self.raw_table(name)
         return table
 
     def whole_table(self, name: str) -> Tensor:
         """What `module.<name>` gives: see `ForwardScope`."""
-        table = self._parameters.get(name)
+        table = self._parameters.get(name, self.__dict__.get(name))
         source = self.__dict__.get("_row_sources", {}).get(name)
         if table is None or source is None or table.is_meta:  # offloaded: accelerate looks at it to bring it back
             if name in self._parameters:
@@ -209,21 +247,27 @@ class PartialModule(nn.Module):
             ids = source.ids(table.device)
             return table.index_copy(source.dim, ids, source.rows().to(table.dtype).movedim(0, source.dim))
         scope = self._forward_scope
-        if torch.is_grad_enabled() and (scope is None or scope.depth):
+        in_forward = scope is None or scope.depth
+        if is_sharded(table, source.shape) or (source.sharded and not in_forward):  # others may not be asking
+            return table
+        if torch.is_grad_enabled() and in_forward:
             rows = source.rows()
             if rows.requires_grad:
                 return apply(_WholeTable, table, rows, source.ids(table.device), source.dim)
         return self.table(name)
 
     @torch.no_grad()
-    def write_rows(self, *names: str) -> None:
-        """Write the current rows into the tables, all of them where no names are given."""
-        for name in names or tuple(self._row_sources):
-            source, table = self._row_sources[name], self._parameters[name]
+    def write_rows(self, names: Iterable[str]) -> None:
+        """Write the current rows into tables; where they are sharded, every process has to call it."""
+        for name in names:
+            source, table = self._row_sources[name], self.raw_table(name)
             if table is None or table.is_meta:
                 continue
-            rows = source.rows().detach().to(table.dtype).to(table.device)
-            table.data.index_copy_(source.dim, source.ids(table.device), rows.movedim(0, source.dim))
+            rows = source.whole_rows().to(table.dtype).to(table.device)
+            if is_sharded(table, source.shape):
+                write_part(part_of(table, source.shape), source.index.ids, rows)
+            else:
+                table.data.index_copy_(source.dim, source.ids(table.device), rows.movedim(0, source.dim))
 
     @torch.no_grad()
     def read_rows(self, name: str) -> None:
@@ -231,30 +275,53 @@ class PartialModule(nn.Module):
 
         Rows that round to what the table holds are left as they are: they are the exact ones.
         """
-        source, table = self._row_sources[name], self._parameters[name]
-        assert table is not None
-        stored = table.detach().index_select(source.dim, source.ids(table.device)).movedim(source.dim, 0)
+        source, table = self._row_sources[name], self.raw_table(name)
+        if is_sharded(table, source.shape):
+            stored = whole_rows(table, source.shape, source.index.ids)
+        else:
+            stored = table.detach().index_select(source.dim, source.ids(table.device)).movedim(source.dim, 0)
         offset = 0
-        holder = source.owner.new_rows
-        for set_name in holder.set_names(source.table_name):
-            rows = getattr(holder, set_name)
-            part = stored[offset : offset + len(rows)].to(rows.device)
-            offset += len(rows)
-            if not torch.equal(rows.to(part.dtype), part):
-                rows.copy_(part)
+        for _, rows, shape in source.sets():
+            part = stored[offset : offset + shape[0]].to(rows.device)
+            offset += shape[0]
+            if not torch.equal(whole_rows(rows, shape).to(part.dtype), part):
+                if is_sharded(rows, shape):
+                    write_part(part_of(rows, shape), range(shape[0]), part.to(rows.dtype))
+                else:
+                    rows.copy_(part)
+
+    def _names_here(self, *, collective: bool) -> list[str]:
+        """The tables that can be brought up to date now.
+
+        Args:
+            collective: whether every process is asking. With FSDP2 all of them take part in `state_dict` and
+                `load_state_dict`; FSDP1 makes its parameters whole for these, and ZeRO-3 has ways of its own.
+        """
+        names = []
+        for name, source in self._row_sources.items():
+            tensors = [(rows, shape) for _, rows, shape in source.sets()]
+            tensors.append((self.raw_table(name), source.shape))
+            if all(
+                tensor is not None
+                and not tensor.is_meta
+                and (not is_sharded(tensor, shape) or (collective and is_dtensor(tensor)))
+                for tensor, shape in tensors
+            ):
+                names.append(name)
+        return names
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.write_rows()
+        self.write_rows(self._names_here(collective=True))
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        for name in self._row_sources:
+        for name in self._names_here(collective=True):
             if prefix + name in state_dict:
                 self.read_rows(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        self.write_rows()
+        self.write_rows(self._names_here(collective=False))
         return self.__dict__
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -273,8 +340,44 @@ class PartialModule(nn.Module):
         return ", ".join(part for part in parts if part)
 
 
+def note_size(module: nn.Module, name: str) -> None:
+    """Remember the shape of a whole table that has become longer or shorter."""
+    if isinstance(module, PartialModule) and name in module._row_sources:
+        module._row_sources[name].shape = tuple(module.raw_table(name).shape)
+
+
+@torch.no_grad()
+def write_rows_into(state_dict: dict[str, Any], model: nn.Module) -> None:
+    """Write the rows of a state dict into its tables, where it has both, whole.
+
+    What an engine gathers from its parts (DeepSpeed ZeRO-3, accelerate) never came by the modules.
+
+    Args:
+        state_dict: whole tensors by the names that the model has for them; tables are changed in place.
+        model: the model with the rows.
+    """
+    modules = list(model.named_modules(remove_duplicate=False))
+    prefixes = {id(module): f"{name}." if name else "" for name, module in modules}
+    for prefix, module in modules:
+        for name, source in getattr(module, "_row_sources", {}).items() if isinstance(module, PartialModule) else ():
+            table = state_dict.get(f"{prefix}.{name}" if prefix else name)
+            keys = [f"{prefixes[id(source.owner)]}new_rows.{key}" for key, _, _ in source.sets()]
+            if table is None or any(key not in state_dict for key in keys):
+                continue
+            sets = [state_dict[key] for key in keys]
+            if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta for tensor in (table, *sets)):
+                continue
+            if tuple(table.shape) == source.shape and sum(map(len, sets)) == len(source.index):
+                rows = torch.cat([part.detach() for part in sets]).to(table)
+                index = torch.tensor(source.index.ids, device=table.device)
+                table.detach().index_copy_(source.dim, index, rows.movedim(0, source.dim))
+
+
 class TableProperty:
-    """`module.<name>`: the whole table. Assigning a parameter goes past it, as `nn.Module` does that."""
+    """`module.<name>`: the whole table. Assigning a parameter goes past it, as `nn.Module` does that.
+
+    A tensor is taken where there is no parameter: FSDP1 puts views of its flat parameter in the place of those.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -283,10 +386,18 @@ class TableProperty:
         return self if module is None else module.whole_table(self.name)
 
     def __set__(self, module: PartialModule, value: object) -> None:
+        if isinstance(value, Tensor) and self.name not in module._parameters:
+            module.__dict__[self.name] = value
+            return
         raise TypeError(
             f"cannot assign {type(value).__name__} as {self.name!r} of {type(module).__name__}: "
             "a torch.nn.Parameter is needed"
         )
+
+    def __delete__(self, module: PartialModule) -> None:
+        if self.name not in module.__dict__:
+            raise AttributeError(self.name)
+        del module.__dict__[self.name]
 
 
 def _rebuild(make_class: Callable[..., type[nn.Module]], base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

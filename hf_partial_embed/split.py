@@ -141,8 +141,7 @@ class SplitEmbedding(PartialModule, nn.Embedding):
             `IndexError`: an id outside of the table, as `nn.Embedding` raises it.
         """
         source = self._row_sources["weight"]
-        table = self._parameters["weight"]
-        assert table is not None
+        table: Tensor = self.raw_table("weight")
         # Detached, so that the rows stay still also after somebody has called model.requires_grad_(True).
         old = F.embedding(input, table.detach())
         is_new, row = source.lookup(input)
@@ -328,9 +327,7 @@ class SplitLinear(PartialModule, nn.Linear):
         """
         head = self.operands(input)
         if head is None:
-            weight = self._parameters["weight"]
-            assert weight is not None
-            return F.linear(input, weight, self.bias)
+            return F.linear(input, self.raw_table("weight"), self.bias)
         x = input.to(head.weight.dtype) if torch.is_autocast_enabled(input.device.type) else input
         out = apply(_LinearPieces, x.reshape(-1, x.shape[-1]), *head)
         return out.view(*input.shape[:-1], head.weight.shape[0])
@@ -341,9 +338,8 @@ class SplitLinear(PartialModule, nn.Linear):
         `None` where only the bias has trainable rows.
         """
         source = self._row_sources.get("weight")
-        weight = self._parameters["weight"]
-        bias: Tensor | None = self._parameters["bias"]
-        assert weight is not None
+        weight: Tensor = self.raw_table("weight")
+        bias: Tensor | None = self.raw_table("bias")
         if source is None:
             return None
         rows: Tensor = source.rows()
@@ -468,7 +464,7 @@ def index_rows(
         module._row_sources[name].index = index
     else:
         index = RowIndex(ids, table.shape[dim] if base_size is None else base_size)
-        module._row_sources[name] = RowSource(module, name, index, dim)
+        module._row_sources[name] = RowSource(module, name, index, table.shape, dim)
     _drop_index_buffers(module, name)
     if not index.contiguous:
         for buffer, values in zip(
@@ -493,7 +489,7 @@ def unsplit_module(module: PartialModule, names: dict[str, str], shared: Iterabl
         count: number of rows of the set.
     """
     for name, parameter_name in names.items():
-        del module.new_rows._parameters[parameter_name]
+        del module.new_rows._parameters[parameter_name], module.new_rows.shapes[parameter_name]
         ids = module._row_sources[name].index.ids[:-count]
         if ids:
             index_rows(module, name, ids)

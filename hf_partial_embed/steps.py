@@ -5,19 +5,20 @@ They hold data, no closures, so that an attachment can be deep-copied together w
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-import torch
 from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from .growth import Growth
 from .layout import Table, VocabularyLayout
 from .mask import MaskHandle
-from .rows import ForwardScope, PartialModule
+from .rows import ForwardScope, PartialModule, write_rows_into
+from .sharding import is_dtensor, shard_with
 from .split import split_module, unsplit_module
 from .storage import PlainTables
 from .vocabulary import add_to_tokenizer, remove_from_tokenizer
@@ -112,18 +113,12 @@ class WriteRows:
 
     def do(self) -> None:
         self.before = self.table.rows(self.ids)
-        self._write(self.values)
+        self.table.write(self.ids, self.values)
         self.values = self.values[:0]
-
-    @torch.no_grad()
-    def _write(self, values: Tensor) -> None:
-        tensor, dim = self.table.tensor, self.table.dim
-        index = torch.tensor(self.ids, device=tensor.device)
-        tensor.data.index_copy_(dim, index, values.to(tensor).movedim(0, dim))
 
     def undo(self) -> None:
         if self.before is not None:
-            self._write(self.before)
+            self.table.write(self.ids, self.before)
             self.before = None
 
 
@@ -176,6 +171,8 @@ class Split:
                 shared = {attribute: owner._row_sources[name]}
                 split_module(module, {}, self.ids, shared=shared, scope=self.scope)
             self._done.append((module, {}, [attribute]))
+        if is_dtensor(self.table.tensor):
+            shard_with(owner.new_rows, self.table.tensor)
         for module, _ in self.table.holders:
             # A forward of its own may read the table where the model's forward is not entered.
             if isinstance(module, PartialModule) and module._unsplit_class not in (nn.Embedding, nn.Linear):
@@ -241,7 +238,7 @@ class OpenScope:
 
 
 class HideRows:
-    """Keep the rows' own keys out of what `save_pretrained` writes: the tables hold them there."""
+    """Let `save_pretrained` write the rows in the tables only, not under keys of their own."""
 
     lasts = False
 
@@ -255,6 +252,11 @@ class HideRows:
             if isinstance(module, PartialModule) and "new_rows" in module._modules
             for key in (f"new_rows.{row_name}" for row_name in module.new_rows._parameters)
         ]
+        for method in (_SavePretrained, _GatherForSave):
+            if hasattr(type(self.model), method.name):
+                step = SetAttribute(self.model, method.name, method(self.model))
+                self.steps.append(step)
+                step.do()
         for prefix, module in self.model.named_modules():
             if hasattr(type(module), "_keys_to_ignore_on_save"):
                 start = f"{prefix}." if prefix else ""
@@ -267,6 +269,42 @@ class HideRows:
     def undo(self) -> None:
         while self.steps:
             self.steps.pop().undo()
+
+
+class _Method:
+    """A method of a model, as the instance has it while rows are attached."""
+
+    name: str
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.before = model, model.__dict__.get(self.name)
+
+    @property
+    def original(self) -> Any:
+        return self.before or types.MethodType(getattr(type(self.model), self.name), self.model)
+
+
+class _SavePretrained(_Method):
+    """For state dicts that an engine has gathered."""
+
+    name = "save_pretrained"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(self.original).bind(*args, **kwargs).arguments.get("state_dict")
+        if given is not None:
+            write_rows_into(given, self.model)
+        return self.original(*args, **kwargs)
+
+
+class _GatherForSave(_Method):
+    """transformers gathers the state dict of a model that it has sharded after it has left out keys."""
+
+    name = "gather_sharded_state_dict_for_save"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        gathered = self.original(*args, **kwargs)
+        hidden = set(self.model._keys_to_ignore_on_save or ())
+        return {key: value for key, value in gathered.items() if key not in hidden}
 
 
 class SetAttribute:

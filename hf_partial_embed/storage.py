@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .sharding import is_dtensor
+
 __all__ = ["PlainTables", "is_plain", "is_quantized", "logical_shape", "offloaded_value", "plain_value", "tensor_of"]
 
 _BITSANDBYTES = ("Params4bit", "Int8Params")
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether the values are in the tensor itself."""
-    return type(tensor) in (nn.Parameter, Tensor) and not tensor.is_meta
+    """Whether the values are in the tensor itself, or with FSDP2 in its parts."""
+    return (type(tensor) in (nn.Parameter, Tensor) or is_dtensor(tensor)) and not tensor.is_meta
 
 
 def is_quantized(tensor: Tensor) -> bool:

@@ -23,6 +23,7 @@ from .mask import unwrap_optimizer
 from .partial import PartialEmbedding, TokenRows
 from .prefix import FrozenPrefix
 from .rows_file import ROWS_FILE
+from .sharding import from_any_process, is_dtensor
 from .watch import RowWatch
 
 __all__ = ["PartialEmbeddingCallback"]
@@ -120,19 +121,20 @@ class PartialEmbeddingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         optimizer = unwrap_optimizer(kwargs["optimizer"])
+        flattened = _flattened_groups(kwargs["optimizer"])
         for number, partial in enumerate(self.partials):
-            _check_in_optimizer(partial, optimizer)
+            _check_in_optimizer(partial, optimizer, flattened)
             partial.protect(optimizer)
             stored = _take_from_optimizer(partial, optimizer)
             if state.global_step and self.verify:
                 partial.verify()  # the checkpoint of another base is found now, not after the training
-            if state.global_step and not stored:
+            if state.global_step and not stored and flattened is None:  # DeepSpeed brings back what it trains
                 folders = [args.resume_from_checkpoint, _checkpoint(args, state)]
                 _restore_from_files(partial, folders, number, in_checkpoint=not _is_adapter(kwargs["model"]))
         parameters = [parameter for partial in self.partials for parameter in partial.parameters()]
         exact = [
             parameter
-            for partial in self.partials
+            for partial in (self.partials if flattened is None else ())
             for parameter in (partial.parameters() if _is_adapter(kwargs["model"]) else _rounded(partial))
         ]
         self._remove_hooks()
@@ -141,7 +143,7 @@ class PartialEmbeddingCallback(TrainerCallback):
             rate = auto_learning_rate(self.partials[0])  # all of them are on one table
             logger.info("Learning rate of the token rows: %.3g.", rate)
         self._watch = RowWatch(self.partials)
-        steps = _OwnGroup(optimizer, parameters, rate, self.weight_decay)
+        steps = _OwnGroup(optimizer, parameters, rate, self.weight_decay, flattened)
         self._hooks = [
             optimizer.register_step_pre_hook(steps.before),
             optimizer.register_step_post_hook(steps.after),
@@ -245,22 +247,42 @@ class _OwnGroup:
     """
 
     def __init__(
-        self, optimizer: Any, parameters: list[nn.Parameter], learning_rate: float | None, weight_decay: float
+        self,
+        optimizer: Any,
+        parameters: list[nn.Parameter],
+        learning_rate: float | None,
+        weight_decay: float,
+        flattened: list[list[nn.Parameter]] | None,
     ) -> None:
         self.rows = {id(parameter) for parameter in parameters}
+        self.flattened = None if flattened is None else [self._are_rows(group) for group in flattened]
+        for group, members in zip(optimizer.param_groups, flattened or (), strict=False):
+            some = any(id(parameter) in self.rows for parameter in members)
+            if some and not self._are_rows(members) and (learning_rate is not None or group["weight_decay"]):
+                raise PartialEmbeddingError(
+                    f"DeepSpeed has flattened the rows into one parameter group with {len(members)} parameters, so they "
+                    "cannot have a learning rate and a weight decay of their own. Give the Trainer an optimizer in which "
+                    "they have a group: optimizers=(AdamW([*partial.param_groups(lr), {'params': others}]), None)."
+                )
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.top_rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
         self.saved: list[dict[str, Any]] | None = None
+
+    def _are_rows(self, parameters: list[nn.Parameter]) -> bool:
+        return bool(parameters) and all(id(parameter) in self.rows for parameter in parameters)
+
+    def _is_own(self, number: int, parameter: nn.Parameter) -> bool:
+        return id(parameter) in self.rows if self.flattened is None else self.flattened[number]
 
     def before(self, optimizer: Any, *_: object) -> None:
         self.after(optimizer)  # if the last step raised
         self.saved = optimizer.param_groups
         self.origins: list[dict[str, Any]] = []
         optimizer.param_groups = []
-        for group, top_rate in zip(self.saved, self.top_rates, strict=True):
-            own = [parameter for parameter in group["params"] if id(parameter) in self.rows]
-            others = [parameter for parameter in group["params"] if id(parameter) not in self.rows]
+        for number, (group, top_rate) in enumerate(zip(self.saved, self.top_rates, strict=True)):
+            own = [parameter for parameter in group["params"] if self._is_own(number, parameter)]
+            others = [parameter for parameter in group["params"] if not self._is_own(number, parameter)]
             if others or not own:
                 optimizer.param_groups.append({**group, "params": others})
                 self.origins.append(group)
@@ -307,11 +329,16 @@ class _ExactRows:
 def _take_from_optimizer(partial: PartialEmbedding, optimizer: Any) -> bool:
     """Take the exact rows out of a loaded optimizer state; whether there were any."""
     found = False
-    for parameter in partial.parameters():
+    for table in partial.trained_tables().values():
+        parameter = partial.parameter_of(table)
         rows = optimizer.state[parameter].pop(_EXACT_ROWS, None) if parameter in optimizer.state else None
-        if rows is not None:
+        if is_dtensor(parameter) and not (rows is not None and is_dtensor(rows)):
+            rows = from_any_process(rows, parameter)  # FSDP2 gives what it does not know to one of them
+            if rows is not None:
+                partial.set_rows(table, rows)
+        elif rows is not None:
             parameter.copy_(rows)
-            found = True
+        found = found or rows is not None
     return found
 
 
@@ -356,8 +383,27 @@ def _is_adapter(model: Any) -> bool:
     return hasattr(model, "peft_config")
 
 
-def _check_in_optimizer(partial: PartialEmbedding, optimizer: Any) -> None:
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+def _flattened_groups(optimizer: Any) -> list[list[nn.Parameter]] | None:
+    """The model's parameters in each group of DeepSpeed's ZeRO optimizer, which steps on a flat one for each."""
+    while optimizer is not None:
+        for name in ("bit16_groups", "fp16_groups", "bf16_groups"):
+            parts = getattr(optimizer, name, None)
+            if isinstance(parts, list):
+                # ZeRO-3 steps on parts of groups.
+                group_of = getattr(optimizer, "sub_group_to_group_id", None) or {i: i for i in range(len(parts))}
+                groups: list[list[nn.Parameter]] = [[] for _ in range(1 + max(group_of.values(), default=-1))]
+                for number, part in enumerate(parts):
+                    groups[group_of[number]] += part
+                return groups
+        optimizer = getattr(optimizer, "optimizer", None)
+    return None
+
+
+def _check_in_optimizer(
+    partial: PartialEmbedding, optimizer: Any, flattened: list[list[nn.Parameter]] | None
+) -> None:
+    groups = [group["params"] for group in optimizer.param_groups] if flattened is None else flattened
+    held = {id(parameter) for group in groups for parameter in group}
     for parameter in partial.parameters():
         if parameter.requires_grad and id(parameter) not in held:
             raise PartialEmbeddingError(
