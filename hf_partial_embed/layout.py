@@ -150,6 +150,7 @@ def find_layout(model: nn.Module, size: int | None = None) -> VocabularyLayout:
         `PartialEmbeddingError`: the model has no input embeddings, or none that can be found; it is
             sharded or on the meta device. Nothing has changed.
     """
+    _check_parallel(model)
     resizing = _plan_growth(model, size or 0)
     live = dict(named_tensors(model))
     keys = _keys(model, live)
@@ -177,7 +178,6 @@ def find_layout(model: nn.Module, size: int | None = None) -> VocabularyLayout:
             f"{type(model).__name__}: what grows with its vocabulary is {[table.name for table in found]}, and none "
             "of it is a table of token embeddings. Pass the part of the model that has one."
         )
-    _check_parallel(model)
     for table in found:
         _check_storage(model, table)
     _check_softmax(model, found)
@@ -307,12 +307,17 @@ def _check_softmax(model: nn.Module, tables: list[Table]) -> None:
 
 
 def _check_parallel(model: Any) -> None:
-    """Refuse tensor parallelism, where a layer's parts do not see all of the rows that train."""
+    """Refuse tensor parallelism, where a layer's parts do not see all of the rows, and what ZeRO-3 has loaded."""
     size = getattr(model, "_tp_size", None)
     if isinstance(size, int) and size > 1:
         raise PartialEmbeddingError(
             f"{type(model).__name__} is split over {size} devices by tensor parallelism (tp_plan), under which rows "
             "cannot train. Load it without tp_plan, and shard it with FSDP (DistributedConfig(fsdp_size=...))."
+        )
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise PartialEmbeddingError(
+            f"{type(model).__name__} is held by DeepSpeed ZeRO-3, which has sharded it: rows cannot be added to it now. "
+            "Load the model and add the tokens before TrainingArguments(deepspeed=...) or HfDeepSpeedConfig is made."
         )
 
 
@@ -324,11 +329,6 @@ def _check_storage(model: nn.Module, table: Table) -> None:
         raise PartialEmbeddingError(
             f"{where} has no values here: it is on the meta device, and accelerate has none of it either. Load the "
             "model's weights before tokens are added."
-        )
-    if hasattr(tensor, "ds_id"):
-        raise PartialEmbeddingError(
-            f"{where} is held by DeepSpeed ZeRO-3, which has sharded it at loading: rows cannot be added to it now. "
-            "Load the model and add the tokens before TrainingArguments(deepspeed=...) or HfDeepSpeedConfig is made."
         )
     if is_dtensor(tensor):
         part_of(tensor, table.shape)  # refuses what is not sharded by rows
