@@ -41,8 +41,8 @@ from hf_partial_embed import (
 )
 from hf_partial_embed.learning_rate import auto_learning_rate
 
-RANK = int(os.environ["RANK"])
-WORLD = int(os.environ["WORLD_SIZE"])
+RANK = int(os.environ.get("RANK", "0"))
+WORLD = int(os.environ.get("WORLD_SIZE", "2"))
 TOKENS = ["<think>", "</think>", "<tool>"]
 STEPS, LR = 3, 0.01
 
@@ -584,6 +584,22 @@ def fsdp2_reduces_rows_only(folder: Path) -> None:
     assert not ours["allreduce"]
 
 
+def no_table_is_gathered_to_look_at_rows(folder: Path) -> None:
+    """Reading, verifying and writing the rows into the sharded tables sends the rows, and a digest of each row."""
+    model, tokenizer = frozen_model(Setting(tied=False)), bpe_tokenizer()
+    partial = add_tokens(model, tokenizer, TOKENS)
+    sharded_by_fsdp2(model)
+    rows, size = 2 * len(TOKENS) * 16 * 4, len(tokenizer)
+    with _Sent() as reading:
+        partial.token_rows()
+    with _Sent() as writing:
+        model.state_dict()
+    with _Sent() as verifying:
+        partial.verify()
+    assert reading.bytes == writing.bytes == Counter(allreduce=rows), (reading.bytes, writing.bytes)
+    assert verifying.bytes == Counter(allreduce=2 * size * (8 + 1)), verifying.bytes
+
+
 def refuses_tensor_parallelism(folder: Path) -> None:
     whole, tokenizer = base_model(Setting(tied=False)), bpe_tokenizer()
     whole.save_pretrained(folder / "base", is_main_process=RANK == 0)
@@ -616,6 +632,7 @@ OTHERS = {
     "fsdp2": {
         "mask": refuses_mask(sharded_by_fsdp2),
         "bytes": fsdp2_reduces_rows_only,
+        "bytes-of-saving": no_table_is_gathered_to_look_at_rows,
         "tokens-after-sharding": refuses_tokens_after_sharding,
         "rows-inside": rows_inside_a_sharded_table_train,
         "dtypes": rows_of_another_dtype_have_a_group,

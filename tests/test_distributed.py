@@ -9,25 +9,12 @@ what the tests install; with it (`DS_BUILD_OPS=0 pip install --no-build-isolatio
 from __future__ import annotations
 
 import pytest
+from distributed_cases import OTHERS, SETTINGS, TRAININGS
 from processes import results
 
-TRAININGS = [
-    f"{tie}-{kind}"
-    for tie in ("tied", "untied")
-    for kind in ("float32", "bfloat16", "float32-accumulated", "float32-checkpointed")
-]
-OTHERS = {
-    "ddp": ["mask", "bytes"],
-    "ddp-trainer": ["mask"],
-    "fsdp1": ["mask"],
-    "fsdp2": [
-        "mask", "bytes", "tokens-after-sharding", "rows-inside", "dtypes", "verify", "rate", "tensor-parallelism"
-    ],
-    "zero1-trainer": ["mask", "shared-group"],
-    "zero3": ["mask", "tokens-after-loading"],
-}  # fmt: skip
-TORCH = ["ddp", "ddp-trainer", "fsdp1", "fsdp2", "fsdp2-trainer", "fsdp2-transformers"]
-DEEPSPEED = [f"zero{stage}{trainer}" for stage in (1, 2, 3) for trainer in ("", "-trainer")]
+CASES = [setting.name for setting in SETTINGS]
+TORCH = [engine for engine in TRAININGS if not engine.startswith("zero")]
+DEEPSPEED = [engine for engine in TRAININGS if engine.startswith("zero")]
 
 
 def check(engine: str, case: str) -> None:
@@ -37,7 +24,7 @@ def check(engine: str, case: str) -> None:
     assert not found[case], found[case]
 
 
-@pytest.mark.parametrize("case", TRAININGS)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("engine", TORCH)
 def test_rows_equal_those_of_one_process_and_the_checkpoint_is_standard(engine, case):
     check(engine, case)
@@ -51,7 +38,7 @@ def test_what_else_an_engine_does_or_refuses(engine, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", TRAININGS)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("engine", DEEPSPEED)
 def test_rows_under_deepspeed_equal_those_of_one_process(engine, case):
     check(engine, case)
