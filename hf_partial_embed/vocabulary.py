@@ -226,8 +226,9 @@ def add_to_tokenizer(tokenizer: Any, tokens: Sequence[AddedToken]) -> list[int]:
     if not tokens:
         return []
     _check_growable(tokenizer)
-    taken = set(tokenizer.get_vocab().values())
     earlier = dict(tokenizer.get_added_vocab())
+    # A table of the whole vocabulary takes longer than all the rest; a backend can be asked for single ids.
+    taken = set(earlier.values()) if tokenizer.is_fast else set(tokenizer.get_vocab().values())
     read = _read(tokenizer, earlier)
     found = {text: token_id for text, token_id in earlier.items() if token_id in read[text]}
     state = {} if tokenizer.is_fast else {key: copy(getattr(tokenizer, key)) for key in _SLOW_STATE}
@@ -254,10 +255,11 @@ def _new_id(tokenizer: Any, text: str, taken: set[int]) -> int:
             f"{name} did not take {text!r} as a token of its own. Give it another text, or pass "
             f"AddedToken({text!r}, normalized=False)."
         )
-    if token_id in taken:
+    if token_id in taken or (tokenizer.is_fast and tokenizer._tokenizer.model.id_to_token(token_id) is not None):
+        ids = set(tokenizer.get_vocab().values())
         raise PartialEmbeddingError(
-            f"{name} would give the new token {text!r} the id {token_id}, which another token has: its {len(taken)} "
-            f"ids go up to {max(taken)}, with gaps. Give the tokenizer a token for each id first."
+            f"{name} would give the new token {text!r} the id {token_id}, which another token has: its {len(ids)} "
+            f"ids go up to {max(ids)}, with gaps. Give the tokenizer a token for each id first."
         )
     return token_id
 
