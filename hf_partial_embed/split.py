@@ -233,7 +233,13 @@ class _LinearPieces(torch.autograd.Function):
         x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, bias_rows: Tensor | None,
         index: RowIndex, ids: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        return head_logits(x, HeadOperands(weight, bias, rows, bias_rows, index, ids))
+        head = HeadOperands(weight, bias, rows, bias_rows, index, ids)
+        flat, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], weight.shape[0])
+        if torch.compiler.is_compiling():
+            return head_logits(flat, head).view(shape)
+        out = x.new_empty(shape)  # not a view of a flat one, on which FSDP2 and others warn of changes in place
+        head_logits(flat, head, out=out.view(-1, shape[-1]))
+        return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -245,9 +251,12 @@ class _LinearPieces(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rows, ids = ctx.saved_tensors
+        grad, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         grad_new = row_columns(grad, ctx.index, ids)
-        grad_x = head_gradient(grad, grad_new, weight, rows, ctx.index, ids) if ctx.needs_input_grad[0] else None
-        grad_rows = grad_new.t() @ x if ctx.needs_input_grad[3] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = head_gradient(grad, grad_new, weight, rows, ctx.index, ids).view(x.shape)
+        grad_rows = grad_new.t() @ flat if ctx.needs_input_grad[3] else None
         grad_bias = grad_new.sum(0) if ctx.has_bias_rows and ctx.needs_input_grad[4] else None
         return grad_x, None, None, grad_rows, grad_bias, None, None
 
@@ -329,8 +338,7 @@ class SplitLinear(PartialModule, nn.Linear):
         if head is None:
             return F.linear(input, self.raw_table("weight"), self.bias)
         x = input.to(head.weight.dtype) if torch.is_autocast_enabled(input.device.type) else input
-        out = apply(_LinearPieces, x.reshape(-1, x.shape[-1]), *head)
-        return out.view(*input.shape[:-1], head.weight.shape[0])
+        return apply(_LinearPieces, x, *head)
 
     def operands(self, input: Tensor) -> HeadOperands | None:
         """What the logits of `input` are computed from, in the dtype that autocast asks for, if it is on.

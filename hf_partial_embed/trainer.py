@@ -399,9 +399,7 @@ def _flattened_groups(optimizer: Any) -> list[list[nn.Parameter]] | None:
     return None
 
 
-def _check_in_optimizer(
-    partial: PartialEmbedding, optimizer: Any, flattened: list[list[nn.Parameter]] | None
-) -> None:
+def _check_in_optimizer(partial: PartialEmbedding, optimizer: Any, flattened: list[list[nn.Parameter]] | None) -> None:
     groups = [group["params"] for group in optimizer.param_groups] if flattened is None else flattened
     held = {id(parameter) for group in groups for parameter in group}
     for parameter in partial.parameters():

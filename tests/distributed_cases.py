@@ -614,13 +614,22 @@ def refuses_tensor_parallelism(folder: Path) -> None:
     assert len(tokenizer) == size
 
 
-FSDP_OPTIONS = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+def fsdp_options(**more) -> dict:
+    config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], **more}
+    return {"fsdp": True, "fsdp_config": config}
+
+
+def loaded_on_one_process(folder: Path) -> None:
+    """accelerate sends the values from the first process to parameters on the meta device; ties last."""
+    by_trainer("FSDP", **fsdp_options(cpu_ram_efficient_loading=True))(Setting(dtype=torch.bfloat16), folder)
+
+
 TRAININGS = {
     "ddp": ddp,
     "ddp-trainer": by_trainer("DistributedDataParallel"),
     "fsdp1": fsdp1,
     "fsdp2": fsdp2,
-    "fsdp2-trainer": by_trainer("FSDP", **FSDP_OPTIONS),
+    "fsdp2-trainer": by_trainer("FSDP", **fsdp_options()),
     "fsdp2-transformers": fsdp2_transformers,
     **{f"zero{stage}": zero(stage) for stage in (1, 2, 3)},
     **{f"zero{stage}-trainer": by_trainer("DeepSpeedEngine", **zero_config(stage)) for stage in (1, 2, 3)},
@@ -640,6 +649,7 @@ OTHERS = {
         "rate": rate_of_old_rows_and_no_chunked_loss,
         "tensor-parallelism": refuses_tensor_parallelism,
     },
+    "fsdp2-trainer": {"loaded-on-one-process": loaded_on_one_process},
     "zero1-trainer": {"mask": refuses_mask_in_trainer, "shared-group": refuses_a_shared_group},
     "zero3": {"mask": refuses_mask(sharded_by_zero3), "tokens-after-loading": refuses_tokens_after_loading_by_zero3},
 }

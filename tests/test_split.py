@@ -133,6 +133,15 @@ def test_old_logits_are_equal_to_the_bit(dtype, ids, bias, shape):
     assert torch.equal(out[..., old], expected[..., old])
 
 
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7)])
+def test_outputs_may_be_changed_in_place(shape):
+    head = SplitLinear(nn.Linear(7, 11), trainable_ids=[4, 9])
+    outputs = head(torch.randn(shape, requires_grad=True))
+    assert outputs.shape == (*shape[:-1], 11)
+    assert not outputs._is_view()  # FSDP2 warns of views, whose hooks a change in place would drop
+    outputs.add_(1).sum().backward()
+
+
 def test_appended_columns_do_not_change_the_old_logits():
     torch.manual_seed(0)
     old = nn.Linear(576, 5003, bias=False)
