@@ -87,7 +87,7 @@ class Table:
         return is_sharded(self.tensor, self.shape)
 
     def values(self) -> Tensor:
-        """The table as an ordinary tensor, not to be changed; computed, where it is quantised, offloaded or sharded."""
+        """The table as an ordinary tensor, not to be changed; a copy where it is quantised, offloaded or sharded."""
         return whole_rows(self.tensor, self.shape) if self.sharded else plain_value(*self.holders[0])
 
     def rows(self, ids: list[int]) -> Tensor:
@@ -316,7 +316,7 @@ def _check_parallel(model: Any) -> None:
         )
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise PartialEmbeddingError(
-            f"{type(model).__name__} is held by DeepSpeed ZeRO-3, which has sharded it: rows cannot be added to it now. "
+            f"{type(model).__name__} is held by DeepSpeed ZeRO-3, which has sharded it: rows cannot be added now. "
             "Load the model and add the tokens before TrainingArguments(deepspeed=...) or HfDeepSpeedConfig is made."
         )
 
