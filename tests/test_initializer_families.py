@@ -86,7 +86,7 @@ class TestPositional:
         model = build_model(tied=False)
         tables = table_of(model).clone(), table_of(model, "output").clone()
         ids = torch.tensor(pieces_of(WORDS[1]))
-        weights = torch.softmax(torch.arange(len(ids), dtype=torch.float64), 0)
+        weights = torch.softmax(2 * torch.arange(len(ids), dtype=torch.float64), 0)
         rows = rows_of("positional", model=model)
         assert torch.allclose(rows.input_rows[1].double(), weights @ tables[0][ids].double(), atol=1e-7)
         assert torch.allclose(rows.output_rows[1].double(), weights.flip(0) @ tables[1][ids].double(), atol=1e-7)
