@@ -57,11 +57,11 @@ def mask_gradients(
         trainable_ids = [row for row in range(size) if row not in frozen]
     ids = check_ids(trainable_ids or (), size)
     names = ["weight"] + (["bias"] if getattr(module, "bias", None) is not None else [])
-    return MaskHandle(dict.fromkeys(names, module), ids)
+    return MaskHandle(dict.fromkeys(names, module), ids).install()
 
 
 class MaskHandle:
-    """A gradient mask that is in force; see `mask_gradients`.
+    """A gradient mask that is in force once it is installed; see `mask_gradients`.
 
     Args:
         tables: the module of each masked parameter, by the parameter's name.
@@ -89,10 +89,14 @@ class MaskHandle:
                     "are not all here. A gradient mask cannot keep its frozen rows still: split it instead "
                     "(strategy='split')."
                 )
+
+    def install(self) -> MaskHandle:
+        """Put the mask on, which it is until `remove` is called."""
         self._hook_parameters()
         # The parameter may be exchanged (a deep copy, load_state_dict(assign=True)); the mask follows.
-        for module in {id(module): module for module in tables.values()}.values():
+        for module in {id(module): module for module in self._tables.values()}.values():
             self._module_hooks.append(module.register_forward_pre_hook(self._before_forward))
+        return self
 
     def protect(self, optimizer: Any) -> None:
         """Make the frozen rows stand still under `optimizer`, whatever it does.
@@ -117,6 +121,7 @@ class MaskHandle:
                 "Pass the optimizer that was made from the model's parameters."
             )
         self._protected.append(_Protection(self, inner))
+        self._protected[-1].begin()
 
     def remove(self) -> None:
         """Take off the mask and the protection. Calling it twice does no harm."""
@@ -175,10 +180,12 @@ class _Protection:
         self.mask = mask
         self.optimizer = optimizer
         self._saved: dict[str, Tensor] = {}
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._hooks: list[Any] = []
+
+    def begin(self) -> None:
+        """From now on, with each step of the optimizer."""
+        self._hooks.append(self.optimizer.register_step_pre_hook(self._before_step))
+        self._hooks.append(self.optimizer.register_step_post_hook(self._after_step))
 
     @torch.no_grad()
     def _before_step(self, *_: object) -> None:

@@ -18,7 +18,7 @@ from .growth import Growth
 from .layout import Table, VocabularyLayout
 from .mask import MaskHandle
 from .rows import ForwardScope, PartialModule
-from .split import split_module, unsplit_module
+from .split import next_row_name, split_module, unsplit_module
 from .storage import PlainTables
 from .vocabulary import add_to_tokenizer, remove_from_tokenizer
 
@@ -42,7 +42,7 @@ SCOPE = "_partial_embedding_scope"
 
 
 class Step(Protocol):
-    """A change that can be taken back, also when it was done only in part."""
+    """A change that can be taken back, also when it was done only in part, or has been taken back in part."""
 
     lasts: bool  # whether merge() leaves it
 
@@ -56,14 +56,16 @@ class AddTokens:
 
     def __init__(self, tokenizer: Any, tokens: list[AddedToken]) -> None:
         self.tokenizer, self.tokens, self.ids = tokenizer, tokens, list[int]()
+        self.begun = False
 
     def do(self) -> None:
+        self.begun = True
         self.ids = add_to_tokenizer(self.tokenizer, self.tokens)
 
     def undo(self) -> None:
-        if self.ids:
+        if self.begun:
             remove_from_tokenizer(self.tokenizer, [token.content for token in self.tokens])
-            self.ids = []
+            self.begun = False
 
 
 class MakePlain:
@@ -75,7 +77,8 @@ class MakePlain:
     tables: PlainTables | None
 
     def do(self) -> None:
-        self.tables = PlainTables(self.model, [table.holders for table in self.layout.tables])
+        self.tables = PlainTables(self.model)
+        self.tables.replace(table.holders for table in self.layout.tables)
 
     def undo(self) -> None:
         if self.tables is not None:
@@ -92,7 +95,8 @@ class Grow:
     growth: Growth | None
 
     def do(self) -> None:
-        self.growth = Growth(self.layout)
+        self.growth = Growth()
+        self.growth.grow(self.layout)
 
     def undo(self) -> None:
         if self.growth is not None:
@@ -159,8 +163,10 @@ class Split:
 
     def do(self) -> None:
         (owner, name), *tied = self.table.holders
+        self.row_name = next_row_name(owner, name)
+        self._done.append((owner, {name: self.row_name}, []))
         with _hooked_forward_kept(owner):
-            names = split_module(
+            split_module(
                 owner,
                 {name: self.rows},
                 self.ids,
@@ -168,18 +174,16 @@ class Split:
                 scope=self.scope,
                 base_size=self.table.size,
             )
-        self.row_name = names[name]
-        self._done.append((owner, names, []))
         assert isinstance(owner, PartialModule)
         for module, attribute in tied:
+            self._done.append((module, {}, [attribute]))
             with _hooked_forward_kept(module):
                 shared = {attribute: owner._row_sources[name]}
                 split_module(module, {}, self.ids, shared=shared, scope=self.scope)
-            self._done.append((module, {}, [attribute]))
         for module, _ in self.table.holders:
             # A forward of its own may read the table where the model's forward is not entered.
             if isinstance(module, PartialModule) and module._unsplit_class not in (nn.Embedding, nn.Linear):
-                self._hooks += self.scope.hook(module)
+                self.scope.hook(module, self._hooks)
 
     def undo(self) -> None:
         for hook in self._hooks:
@@ -187,9 +191,8 @@ class Split:
         self._hooks = []
         # The owner first: a tied module gives its rows up when the owner has none left.
         for module, names, shared in self._done:
-            assert isinstance(module, PartialModule)
             with _hooked_forward_kept(module):
-                unsplit_module(module, names, shared, len(self.ids))
+                unsplit_module(module, names, shared, self.ids)
         self._done = []
 
 
@@ -207,6 +210,7 @@ class Mask:
         module, attribute = self.table.holders[0]
         others = self.others[0].ids if self.others else []
         self.handle = MaskHandle({attribute: module}, [*others, *self.ids], self.table.dim)
+        self.handle.install()
         for other in self.others:
             other.ids = [*other.ids, *self.ids]
 
@@ -224,20 +228,21 @@ class OpenScope:
     lasts = False
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.hooks = model, list[Any]()
+        self.model, self.hooks, self.begun = model, list[Any](), False
 
     def do(self) -> None:
         if getattr(self.model, SCOPE, None) is None:
+            self.begun = True
             scope = ForwardScope()
-            self.hooks = scope.hook(self.model)
+            scope.hook(self.model, self.hooks)
             self.model.__dict__[SCOPE] = scope
 
     def undo(self) -> None:
-        if self.hooks:
+        if self.begun:
             for hook in self.hooks:
                 hook.remove()
-            del self.model.__dict__[SCOPE]
-            self.hooks = []
+            self.model.__dict__.pop(SCOPE, None)
+            self.hooks, self.begun = [], False
 
 
 class HideRows:
@@ -266,7 +271,8 @@ class HideRows:
 
     def undo(self) -> None:
         while self.steps:
-            self.steps.pop().undo()
+            self.steps[-1].undo()
+            self.steps.pop()
 
 
 class SetAttribute:
@@ -281,8 +287,8 @@ class SetAttribute:
     def do(self) -> None:
         self.had = self.name in self.owner.__dict__
         self.before = self.owner.__dict__.get(self.name)
-        self.owner.__dict__[self.name] = self.value
         self.done = True
+        self.owner.__dict__[self.name] = self.value
 
     def undo(self) -> None:
         if self.done and self.had:
@@ -300,7 +306,9 @@ def _hooked_forward_kept(module: nn.Module) -> Iterator[None]:
     the hook off leaves that method there.
     """
     before = type(module).forward
-    yield
-    for name in ("forward", "_old_forward"):
-        if getattr(module.__dict__.get(name), "__func__", None) is before:
-            module.__dict__[name] = types.MethodType(type(module).forward, module)
+    try:
+        yield
+    finally:
+        for name in ("forward", "_old_forward"):
+            if getattr(module.__dict__.get(name), "__func__", None) is before:
+                module.__dict__[name] = types.MethodType(type(module).forward, module)
