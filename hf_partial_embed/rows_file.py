@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,14 +55,12 @@ def write_rows(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadat
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` write a temporary file beside `path`, bring it to the disk, and rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        write(temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
+        write(temporary)  # safetensors makes a file that only its owner can read
+        temporary.chmod(mode)
         _sync(temporary)
         os.replace(temporary, path)
     except BaseException:
