@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
+from tempfile import TemporaryFile
 from typing import Any
 
 import pytest
@@ -55,6 +57,19 @@ def exit_code(process: int) -> int:
 def run_forked(function: Callable[..., object], *arguments: Any) -> int:
     """The exit status of a function that is run in a fork."""
     return exit_code(forked(function, *arguments))
+
+
+def results_of(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns that is run in a fork."""
+    with TemporaryFile() as file:
+
+        def run() -> None:
+            file.write(pickle.dumps(function(*arguments)))
+            file.flush()
+
+        assert run_forked(run) == 0, "it has failed in the fork: see what it has written to stderr"
+        file.seek(0)
+        return pickle.loads(file.read())
 
 
 def kill(process: int) -> None:

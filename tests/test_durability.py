@@ -24,7 +24,7 @@ import pytest
 import torch
 from conftest import bpe_tokenizer, build_model
 from injection import first_moments, interrupted, moments_of
-from processes import forked, fresh_process, kill, posix, rows, run_forked
+from processes import forked, kill, posix, rows, run_forked
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_trainer import setup, train
@@ -34,12 +34,6 @@ from hf_partial_embed import PartialEmbeddingCallback, PartialEmbeddingError, To
 from hf_partial_embed.rows_file import ROWS_FILE
 
 pytestmark = posix
-
-
-@pytest.fixture(scope="module")
-def elsewhere():
-    with fresh_process() as run:
-        yield run
 
 
 # Kills
