@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import unserializable_hook
 
 from .errors import PartialEmbeddingError
 from .rows import PartialModule
@@ -154,6 +155,7 @@ class MaskHandle:
         if not torch.compiler.is_compiling():
             self._hook_parameters()
 
+    @unserializable_hook  # type: ignore[untyped-decorator]
     def _mask(self, grad: Tensor) -> Tensor:
         if grad.is_sparse:
             grad = grad.coalesce()

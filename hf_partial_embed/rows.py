@@ -108,7 +108,8 @@ class ForwardScope:
         self.depth += 1
 
     def leave(self, module: nn.Module, args: object, output: object) -> None:
-        self.depth = max(0, self.depth - 1)
+        if self.depth:  # no call between reading and writing it, where another thread could come in
+            self.depth -= 1
 
     def hook(self, module: nn.Module, handles: list[Any]) -> None:
         """Count the forwards of `module`; the hooks' handles are added to `handles`, each as soon as it is there."""

@@ -209,6 +209,7 @@ def read_hostile_files(folder: str, count: int) -> dict[str, object]:
         path.write_bytes(hostile.file()[1])
         with suppress(PartialEmbeddingError):
             TokenRows.from_pretrained(path)
+    "\x00".encode("unicode_escape")
     watching, seen = True, []
 
     def audit(event: str, arguments: tuple) -> None:
