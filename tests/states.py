@@ -58,10 +58,6 @@ def model_state(model) -> dict[str, object]:
             name: {key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
             for name, module in modules.items()
         },
-        "gradients": {
-            name: (None if parameter.grad is None else bits(parameter.grad), len(parameter._backward_hooks or ()))
-            for name, parameter in model.named_parameters()
-        },
         "config": model.config.to_dict(),
         "sizes": {
             name: (getattr(m, "num_embeddings", 0), getattr(m, "out_features", 0)) for name, m in modules.items()

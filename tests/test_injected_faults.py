@@ -68,6 +68,10 @@ class Situation:
             "sets": sets,
             **{f"model {key}": value for key, value in model_state(self.model).items()},
             **{f"tokenizer {key}": value for key, value in tokenizer_state(self.tokenizer).items()},
+            "gradients": {
+                name: (None if parameter.grad is None else bits(parameter.grad), len(parameter._backward_hooks or ()))
+                for name, parameter in self.model.named_parameters()
+            },
             "logits": bits(logits_of(self.model, torch.tensor([[5, 299, 7]]))),
         }
 
