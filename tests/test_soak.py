@@ -283,12 +283,14 @@ def test_ten_thousand_steps_leave_nothing_behind(strategy, tied, tmp_path):
         choices = ["step", "step", "save_and_load", "detach", "refuse", "copy"] if life.live else ["refuse", "copy"]
         if len(life.live) < 4:
             choices += ["add", "add", "train_old"] + (["attach"] if life.off else [])
-        action = chance.choice(choices)
+        action = "merge" if life.live and chance.random() < 0.03 else chance.choice(choices)
         arguments = {
             "add": (chance.randint(1, 3), chance.random() < 0.5),
             "train_old": (chance.randint(4, 280),),
         }.get(action, (chance.randrange(4),) if action in ("step", "save_and_load", "detach") else ())
         getattr(life, action)(*arguments)
+        if action == "merge":
+            life = Life(strategy, tied, tmp_path)
         counts[action] = counts.get(action, 0) + 1
         life.check()
         if number % 250 == 249:  # all off: what there is now must not grow
