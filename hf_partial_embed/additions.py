@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-__all__ = ["Addition", "remove_additions"]
+__all__ = ["Addition", "change_without_additions"]
 
 _REGISTRY = "_partial_embedding_additions"
 
@@ -51,7 +52,14 @@ class Addition:
         raise NotImplementedError
 
 
-def remove_additions(model: nn.Module) -> None:
-    """Take off all that is on a model, the last first."""
-    for addition in reversed(list(model.__dict__.get(_REGISTRY, ()))):
-        addition.remove()
+def change_without_additions(model: nn.Module, change: Callable[[], None]) -> None:
+    """Take off all that is on a model, the last first, and change it; if that fails, they are put on again."""
+    additions: list[Addition] = list(model.__dict__.get(_REGISTRY, ()))
+    try:
+        for addition in reversed(additions):
+            addition.remove()
+        change()
+    except BaseException:
+        for addition in additions:
+            addition.install()
+        raise

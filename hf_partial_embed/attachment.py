@@ -7,8 +7,7 @@ that an attachment can be deep-copied together with its model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +57,7 @@ class Attachment:
         strategy: `"split"` or `"mask"`.
         output: whether the rows of an untied head, and of biases, train.
         dtype: dtype of the trainable rows under `"split"`.
+        trainable: whether they train at first.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class Attachment:
         strategy: str,
         output: str | bool,
         dtype: torch.dtype | None,
+        trainable: bool = True,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -79,12 +80,14 @@ class Attachment:
         self.strategy = strategy
         self.output = output
         self.dtype = dtype
+        self.trainable = trainable
         self.rows: dict[str, Any] = dict(rows)
         self.ids: list[int] = []
         self.trained: list[Table] = []
         self.layout: VocabularyLayout | None = None
         self.masks: list[MaskHandle] = []
         self._row_names: dict[str, str] = {}
+        self._flags: dict[str, bool] = {}  # requires_grad of what trains, when it was taken off
         self._digests: dict[str, Tensor] = {}
         self._protected: list[Any] = []
         self._steps: list[Step] = []
@@ -113,7 +116,7 @@ class Attachment:
         try:
             self._apply(layout)
         except BaseException:
-            self._undo(keep_rows=False)
+            self._undo()
             raise
 
     def _apply(self, layout: VocabularyLayout | None) -> None:
@@ -140,6 +143,9 @@ class Attachment:
             if hasattr(type(module), "resize_token_embeddings"):
                 self._do(SetAttribute(module, "resize_token_embeddings", _refuse_resize))
         self._digests = {table.name: table.digests() for table in self.trained}
+        for table in self.trained:
+            rows = table.tensor if self.strategy == "mask" else self.rows[table.name]
+            rows.requires_grad_(self._flags.get(table.name, self.trainable))
         self._do(SetAttribute(self.model, REGISTRY, [*attachments_of(self.model), self]))
 
     def _write_rows(self, table: Table) -> None:
@@ -281,47 +287,70 @@ class Attachment:
 
     def detach(self) -> None:
         """Take the rows off: model and tokenizer are as if they had never been there."""
-        with self._others_off():
-            self._undo(keep_rows=True)
+        self._change_under_others(self._undo)
 
     def merge(self) -> None:
         """Leave the rows in the tables, and take off everything else."""
-        with self._others_off():
-            for table in self.trained:
-                module, attribute = table.holders[0]
-                if isinstance(module, PartialModule):
-                    module.write_rows([attribute])
-            self._keep_rows()
-            for step in reversed(self._steps):
-                if not step.lasts:
-                    step.undo()
-            self._steps = []
+        self._change_under_others(self._leave_rows)
+        self._steps = []
 
-    @contextmanager
-    def _others_off(self) -> Iterator[None]:
-        """Take off the row sets that were put on after this one, and put them on again afterwards."""
+    def _leave_rows(self) -> None:
+        for table in self.trained:
+            module, attribute = table.holders[0]
+            if isinstance(module, PartialModule):
+                module.write_rows([attribute])
+        for step in reversed(self._steps):
+            if not step.lasts:
+                step.undo()
+
+    def _change_under_others(self, change: Callable[[], None]) -> None:
+        """Take off this row set by `change`, while those that were put on after it are off.
+
+        On any error all of them are put on again, this one too, as they were.
+        """
+        # No context manager: an interrupt on the way from its generator to the body of `with` goes past it.
         attached = attachments_of(self.model)
-        later = attached[attached.index(self) + 1 :]
-        for other in reversed(later):
-            other._undo(keep_rows=True)
+        sets = attached[attached.index(self) :]
+        for attachment in sets:
+            attachment._keep_rows()
+        gradients = {id(p): (p, p.grad) for other in sets for p in map(other.parameter, other.trained)}
+        digests = [attachment._digests for attachment in sets]
         try:
-            yield
-        finally:
-            for other in later:
+            for other in reversed(sets[1:]):
+                other._undo()
+            change()
+            for other in sets[1:]:
                 other.apply()
+        except BaseException:
+            for attachment in reversed(sets):
+                attachment._undo()
+            for attachment, before in zip(sets, digests, strict=True):
+                attachment.apply()
+                attachment._digests = before
+            for parameter, gradient in gradients.values():
+                parameter.grad = gradient
+            raise
 
     def _keep_rows(self) -> None:
         """Hold the rows' present values (and, under `"split"`, the parameters themselves)."""
+        self._flags = {table.name: self.parameter(table).requires_grad for table in self.trained}
         for table in self.layout.tables if self.layout else []:
             if table.name in self.rows:
                 split = self.strategy == "split" and table in self.trained
                 self.rows[table.name] = self.parameter(table) if split else table.rows(self.ids)
 
-    def _undo(self, *, keep_rows: bool) -> None:
-        if keep_rows:
-            self._keep_rows()
+    def _undo(self) -> None:
+        """Take back what was done. A step that is interrupted while it is taken back begins again."""
+        try:
+            self._undo_steps()
+        except BaseException:
+            self._undo_steps()
+            raise
+
+    def _undo_steps(self) -> None:
         while self._steps:
-            self._steps.pop().undo()
+            self._steps[-1].undo()
+            self._steps.pop()
         self.masks, self._row_names, self._digests = [], {}, {}
 
 

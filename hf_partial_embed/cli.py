@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .errors import PartialEmbeddingError, count, shorten
+from .errors import PartialEmbeddingError, count, shorten, visible
 
 if TYPE_CHECKING:
     from .checkpoints import CheckpointReport
@@ -74,19 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return CRASHED
     finally:
         logging.getLogger(__package__).removeHandler(handler)
-
-
-def visible(text: str, keep: str = "") -> str:
-    """Text of somebody else's file as it can be printed: control and other invisible characters are escaped.
-
-    Args:
-        text: the text.
-        keep: characters that stay as they are.
-    """
-    return "".join(
-        char if char.isprintable() or char in keep else char.encode("unicode_escape", "surrogatepass").decode()
-        for char in text
-    )
 
 
 class _VisibleFormatter(logging.Formatter):
@@ -243,12 +230,12 @@ def _info(options: argparse.Namespace) -> int:
             tokens=rows.added_tokens, token_ids=rows.token_ids, base_model=rows.base_model, tied=rows.tied,
             tensors=tensors, input_norms=norms,
         )  # fmt: skip
-    _print(f"{count(rows.token_ids, 'token row')} for {rows.base_model or 'an unnamed model'}")
+    _print(f"{count(rows.token_ids, 'token row')} for {visible(rows.base_model or 'an unnamed model')}")
     _print(
         f"head: {'tied to the input embeddings' if rows.tied else 'own rows' if rows.output_rows is not None else '-'}"
     )
     for name, entry in tensors.items():
-        _print(f"{name}: {' x '.join(map(str, entry['shape']))}, {entry['dtype']}")
+        _print(f"{visible(name)}: {' x '.join(map(str, entry['shape']))}, {entry['dtype']}")
     _print("tokens, with the norms of their input rows:")
     for name, norm in list(zip(names, norms, strict=True))[:_SHOWN]:
         _print(f"  {norm:8.3f}  {name}")

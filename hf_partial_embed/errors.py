@@ -35,7 +35,24 @@ def count(items: Sequence[object], noun: str) -> str:
     return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
 
 
+def visible(text: str, keep: str = "") -> str:
+    """Text of somebody else's file as it can be printed: control and other invisible characters are escaped.
+
+    Args:
+        text: the text.
+        keep: characters that stay as they are.
+    """
+    return "".join(
+        char if char.isprintable() or char in keep else char.encode("unicode_escape", "surrogatepass").decode()
+        for char in text
+    )
+
+
+def _cut(text: str, length: int = 150) -> str:
+    return text if len(text) <= length else f"{text[:length]}... ({len(text)} characters)"
+
+
 def shorten(items: Sequence[object], limit: int = 8) -> str:
-    """The first few items of a long list, as they stand in a message."""
-    shown = ", ".join(repr(item) for item in items[:limit])
+    """The first few items of a long list, as they stand in a message; long ones are cut."""
+    shown = ", ".join(_cut(repr(item)) for item in items[:limit])
     return shown if len(items) <= limit else f"{shown}, ... {len(items) - limit} more"

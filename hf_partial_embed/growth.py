@@ -21,21 +21,20 @@ class Growth:
     once.
     """
 
-    def __init__(self, layout: VocabularyLayout) -> None:
+    def __init__(self) -> None:
         self._tables: list[tuple[Table, Tensor | None, Tensor]] = []
         self._counts: list[tuple[Any, str, int]] = []
+
+    def grow(self, layout: VocabularyLayout) -> None:
+        """Grow the tables of a layout, and what counts their rows."""
         growing = [table for table in layout.tables if table.grown_size > table.size]
-        try:
-            for table in growing:
-                tail = table.tensor.detach().narrow(table.dim, table.size - table.tail, table.tail).clone()
-                self._tables.append((table, table.tensor.grad, tail))
-                self._resize(table, tail)
-            for owner, attribute, value in layout.counts if growing else []:
-                self._counts.append((owner, attribute, getattr(owner, attribute)))
-                setattr(owner, attribute, value)
-        except BaseException:
-            self.undo()
-            raise
+        for table in growing:
+            tail = table.tensor.detach().narrow(table.dim, table.size - table.tail, table.tail).clone()
+            self._tables.append((table, table.tensor.grad, tail))
+            self._resize(table, tail)
+        for owner, attribute, value in layout.counts if growing else []:
+            self._counts.append((owner, attribute, getattr(owner, attribute)))
+            setattr(owner, attribute, value)
 
     @staticmethod
     def _resize(table: Table, tail: Tensor) -> None:
@@ -53,16 +52,17 @@ class Growth:
             note_size(module, attribute)
 
     def undo(self) -> None:
-        """Give the tables their old size and bits, and the counts their old values."""
+        """Give the tables their old size and bits, and the counts their old values, as far as they were grown."""
         for owner, attribute, value in reversed(self._counts):
             setattr(owner, attribute, value)
         for table, gradient, tail in reversed(self._tables):
             tensor, dim = table.tensor, table.dim
             if tensor.shape[dim] != table.size:
+                old = tensor.detach().narrow(dim, 0, table.size).clone()
+                old.narrow(dim, table.size - table.tail, table.tail).copy_(tail)
                 tensor.grad = None
-                tensor.data = tensor.detach().narrow(dim, 0, table.size).clone()
-                tensor.data.narrow(dim, table.size - table.tail, table.tail).copy_(tail)
-                for module, attribute in table.holders:
-                    note_size(module, attribute)
+                tensor.data = old
+            for module, attribute in table.holders:
+                note_size(module, attribute)
             tensor.grad = gradient
         self._counts, self._tables = [], []

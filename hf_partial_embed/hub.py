@@ -156,7 +156,7 @@ def rows_card(
     name = hub_id or Path(base_model or "").name
     base = hub_id or f"path/to/{name or 'the-base-model'}"
     source = Path(repo_id).name if os.path.isabs(repo_id) else repo_id
-    shapes = "\n".join(f"| `{tensor}` | {' × '.join(map(str, shape))} |" for tensor, shape in sizes.items())
+    shapes = "\n".join(f"| {_name(tensor)} | {' × '.join(map(str, shape))} |" for tensor, shape in sizes.items())
     text = f"""# {count(tokens, "trained token embedding")}{f" for {_escape(name)}" if name else ""}
 
 The embedding rows of {count(tokens, "token")}, trained while all other rows of the model's embeddings stayed
@@ -231,6 +231,11 @@ def _token_list(tokens: Sequence[str]) -> str:
     shown = "\n".join(f"- {_escape(token)}" for token in tokens[:_SHOWN_TOKENS])
     rest = len(tokens) - _SHOWN_TOKENS
     return shown if rest <= 0 else f"{shown}\n- and {rest} more"
+
+
+def _name(tensor: str) -> str:
+    """The name of a tensor: an ordinary one as code, whatever else a row file may have as text."""
+    return f"`{tensor}`" if re.fullmatch(r"[\w.]+", tensor) else _escape(tensor)
 
 
 def _escape(text: str) -> str:

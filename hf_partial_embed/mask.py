@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import unserializable_hook
 
 from .errors import PartialEmbeddingError
 from .rows import PartialModule
@@ -58,11 +59,11 @@ def mask_gradients(
         trainable_ids = [row for row in range(size) if row not in frozen]
     ids = check_ids(trainable_ids or (), size)
     names = ["weight"] + (["bias"] if getattr(module, "bias", None) is not None else [])
-    return MaskHandle(dict.fromkeys(names, module), ids)
+    return MaskHandle(dict.fromkeys(names, module), ids).install()
 
 
 class MaskHandle:
-    """A gradient mask that is in force; see `mask_gradients`.
+    """A gradient mask that is in force once it is installed; see `mask_gradients`.
 
     Args:
         tables: the module of each masked parameter, by the parameter's name.
@@ -91,10 +92,14 @@ class MaskHandle:
                     "(strategy='split')."
                 )
             self._check_whole(name)
+
+    def install(self) -> MaskHandle:
+        """Put the mask on, which it is until `remove` is called."""
         self._hook_parameters()
         # The parameter may be exchanged (a deep copy, load_state_dict(assign=True)); the mask follows.
-        for module in {id(module): module for module in tables.values()}.values():
+        for module in {id(module): module for module in self._tables.values()}.values():
             self._module_hooks.append(module.register_forward_pre_hook(self._before_forward))
+        return self
 
     def protect(self, optimizer: Any) -> None:
         """Make the frozen rows stand still under `optimizer`, whatever it does.
@@ -120,6 +125,7 @@ class MaskHandle:
                 "on flattened parts of them instead, split the table (strategy='split')."
             )
         self._protected.append(_Protection(self, inner))
+        self._protected[-1].begin()
 
     def remove(self) -> None:
         """Take off the mask and the protection. Calling it twice does no harm."""
@@ -163,6 +169,7 @@ class MaskHandle:
                 "a gradient mask cannot keep its frozen rows still there. Split it instead (strategy='split')."
             )
 
+    @unserializable_hook  # type: ignore[untyped-decorator]
     def _mask(self, grad: Tensor) -> Tensor:
         if grad.is_sparse:
             grad = grad.coalesce()
@@ -189,10 +196,12 @@ class _Protection:
         self.mask = mask
         self.optimizer = optimizer
         self._saved: dict[str, Tensor] = {}
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._hooks: list[Any] = []
+
+    def begin(self) -> None:
+        """From now on, with each step of the optimizer."""
+        self._hooks.append(self.optimizer.register_step_pre_hook(self._before_step))
+        self._hooks.append(self.optimizer.register_step_post_hook(self._after_step))
 
     @torch.no_grad()
     def _before_step(self, *_: object) -> None:

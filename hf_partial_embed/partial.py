@@ -14,7 +14,7 @@ import torch
 from tokenizers import AddedToken
 from torch import Tensor, nn
 
-from .additions import remove_additions
+from .additions import change_without_additions
 from .attachment import Attachment
 from .errors import PartialEmbeddingError, count, shorten
 from .hub import locate_rows, merged_card, rows_card, upload, write_card
@@ -224,8 +224,7 @@ class PartialEmbedding:
         """
         self._require_attached("merge")
         self._require_whole("merge")
-        remove_additions(self.model)
-        self._attachment.merge()
+        change_without_additions(self.model, self._attachment.merge)
         return self.model
 
     def detach(self) -> TokenRows:
@@ -239,8 +238,7 @@ class PartialEmbedding:
         self._require_attached("detach")
         self._require_whole("detach")
         rows = self.token_rows()
-        remove_additions(self.model)
-        self._attachment.detach()
+        change_without_additions(self.model, self._attachment.detach)
         return rows
 
     def _require_attached(self, action: str) -> None:
@@ -476,10 +474,10 @@ class TokenRows:
         ids = None
         if not self.tokens:
             ids = check_ids(self.token_ids, min(table.size for table in layout.tables))
-        partial = attach_rows(
-            model, tokenizer, layout, tokens=added, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype
-        )
-        return partial if trainable else partial.requires_grad_(False)
+        return attach_rows(
+            model, tokenizer, layout, tokens=added, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype,
+            trainable=trainable,
+        )  # fmt: skip
 
     def _fit(self, model: Any, tokenizer: Any, layout: VocabularyLayout, added: list[AddedToken]) -> dict[str, Tensor]:
         """The rows for each table of a model; what these rows lack is initialised from the pieces."""
@@ -546,10 +544,13 @@ def attach_rows(
     output: str | bool,
     dtype: torch.dtype | None,
     ids: Sequence[int] | None = None,
+    trainable: bool = True,
 ) -> PartialEmbedding:
     """Put a set of rows on a model; see `Attachment`."""
     attachment = Attachment(
-        model, tokenizer, tokens=tokens, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype
-    )
+        model, tokenizer, tokens=tokens, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype,
+        trainable=trainable,
+    )  # fmt: skip
+    partial = PartialEmbedding(attachment)
     attachment.apply(layout)
-    return PartialEmbedding(attachment)
+    return partial

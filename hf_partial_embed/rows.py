@@ -51,12 +51,16 @@ class NewRows(nn.Module):
 
     def add_set(self, table_name: str, rows: nn.Parameter) -> str:
         """Register `rows` as one more set of rows of `table_name`; returns the parameter's name."""
-        existing = self.set_names(table_name)
-        number = 1 + max((int(name.partition("__")[2] or 0) for name in existing), default=-1)
-        name = f"{table_name}__{number}" if number else table_name
+        name = self.next_name(table_name)
         self.register_parameter(name, rows)
         self.shapes[name] = tuple(rows.shape)
         return name
+
+    def next_name(self, table_name: str) -> str:
+        """The name that the next set of rows of `table_name` will have."""
+        existing = self.set_names(table_name)
+        number = 1 + max((int(name.partition("__")[2] or 0) for name in existing), default=-1)
+        return f"{table_name}__{number}" if number else table_name
 
     def _load_from_state_dict(
         self,
@@ -120,14 +124,13 @@ class ForwardScope:
         self.depth += 1
 
     def leave(self, module: nn.Module, args: object, output: object) -> None:
-        self.depth = max(0, self.depth - 1)
+        if self.depth:  # no call between reading and writing it, where another thread could come in
+            self.depth -= 1
 
-    def hook(self, module: nn.Module) -> list[Any]:
-        """Count the forwards of `module`; returns the handles of the hooks."""
-        return [
-            module.register_forward_pre_hook(self.enter),
-            module.register_forward_hook(self.leave, always_call=True),
-        ]
+    def hook(self, module: nn.Module, handles: list[Any]) -> None:
+        """Count the forwards of `module`; the hooks' handles are added to `handles`, each as soon as it is there."""
+        handles.append(module.register_forward_pre_hook(self.enter))
+        handles.append(module.register_forward_hook(self.leave, always_call=True))
 
 
 class RowSource:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import PartialEmbeddingError
+from .errors import PartialEmbeddingError, shorten, visible
 from .vocabulary import TOKEN_FLAGS
 
 __all__ = ["FORMAT_VERSION", "ROWS_FILE", "is_rows_file", "read_rows", "write_atomically", "write_rows"]
@@ -55,14 +55,12 @@ def write_rows(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadat
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` write a temporary file beside `path`, bring it to the disk, and rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        write(temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
+        write(temporary)  # safetensors makes a file that only its owner can read
+        temporary.chmod(mode)
         _sync(temporary)
         os.replace(temporary, path)
     except BaseException:
@@ -105,10 +103,14 @@ def read_rows(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
     except (SafetensorError, OSError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, PartialEmbeddingError):
             raise
-        raise PartialEmbeddingError(f"Cannot read {path}: {type(error).__name__}: {error}") from error
+        # Without the cause: its text may have what the file has, for instance a terminal's control sequences.
+        reason = visible(str(error))[:500]
+        raise PartialEmbeddingError(f"Cannot read {path}: {type(error).__name__}: {reason}") from None
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise PartialEmbeddingError(f"{path} holds infinite or NaN values in {name!r}. Nothing was loaded.")
+            raise PartialEmbeddingError(
+                f"{path} holds infinite or NaN values in {shorten([name])}. Nothing was loaded."
+            )
     return tensors, metadata
 
 
@@ -133,7 +135,7 @@ def _check_metadata(path: Path, header: dict[str, str] | None) -> dict[str, Any]
     metadata = {"base_model": None, **metadata}
     version = metadata.get("format_version")
     if type(version) is not int or version < 1:
-        raise PartialEmbeddingError(f"{path} has no valid format version: {version!r}.")
+        raise PartialEmbeddingError(f"{path} has no valid format version: {shorten([version])}.")
     if version > FORMAT_VERSION:
         raise PartialEmbeddingError(
             f"{path} has format version {version}; this release reads versions up to {FORMAT_VERSION}. "
@@ -174,18 +176,18 @@ def _check_shapes(path: Path, file: Any, metadata: dict[str, Any]) -> None:
     count = len(metadata["token_ids"])
     names = set(file.keys())
     if "input_rows" not in names:
-        raise PartialEmbeddingError(f"{path} has no input_rows; it holds {sorted(names)[:8]}.")
+        raise PartialEmbeddingError(f"{path} has no input_rows; it holds {shorten(sorted(names))}.")
     unknown = {
         name for name in names if name not in ("input_rows", "output_rows", "output_bias") and name[:6] != "extra."
     }
     if unknown:
-        raise PartialEmbeddingError(f"{path} holds tensors that no row file has: {sorted(unknown)[:8]}.")
+        raise PartialEmbeddingError(f"{path} holds tensors that no row file has: {shorten(sorted(unknown))}.")
     for name in sorted(names):
         part = file.get_slice(name)
         shape, dtype = part.get_shape(), part.get_dtype()
         dims = {"input_rows": 2, "output_rows": 2, "output_bias": 1}.get(name, len(shape))
         if dtype not in _DTYPES or len(shape) != dims or not shape or shape[0] != count or not math.prod(shape):
             raise PartialEmbeddingError(
-                f"{path}: {name!r} has shape {tuple(shape)} and dtype {dtype}, which does not fit "
+                f"{path}: {shorten([name])} has shape {tuple(shape)} and dtype {dtype}, which does not fit "
                 f"{count} tokens: {dims} dimensions of floating-point numbers, the first {count}, are needed."
             )

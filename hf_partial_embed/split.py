@@ -26,6 +26,7 @@ __all__ = [
     "check_ids",
     "head_gradient",
     "head_logits",
+    "next_row_name",
     "row_columns",
     "split_class",
     "split_module",
@@ -481,38 +482,58 @@ def index_rows(
             module.register_buffer(buffer, values, persistent=False)
 
 
-def _drop_index_buffers(module: PartialModule, name: str) -> None:
+def _drop_index_buffers(module: nn.Module, name: str) -> None:
     for buffer in PartialModule.index_buffers(name):
         module._buffers.pop(buffer, None)
         module._non_persistent_buffers_set.discard(buffer)
 
 
-def unsplit_module(module: PartialModule, names: dict[str, str], shared: Iterable[str], count: int) -> None:
-    """Take off the row set that `split_module` put on last, writing nothing.
+def next_row_name(module: nn.Module, table_name: str) -> str:
+    """The name that `split_module` will give to the next rows of a table."""
+    holder = getattr(module, "new_rows", None)
+    return table_name if holder is None else str(holder.next_name(table_name))
+
+
+def unsplit_module(module: nn.Module, names: dict[str, str], shared: Iterable[str], ids: Sequence[int]) -> None:
+    """Take off a row set that `split_module` has put on, be it in part, writing nothing.
+
+    When it is cut short it can be called again.
 
     Args:
         module: the split module.
         names: what `split_module` returned.
         shared: names of the tables whose rows live elsewhere.
-        count: number of rows of the set.
+        ids: ids of the set.
     """
+    sources: dict[str, RowSource] = module.__dict__.get("_row_sources", {})
+    own = set(ids)
     for name, parameter_name in names.items():
-        del module.new_rows._parameters[parameter_name], module.new_rows.shapes[parameter_name]
-        ids = module._row_sources[name].index.ids[:-count]
-        if ids:
-            index_rows(module, name, ids)
+        holder: Any = module._modules.get("new_rows")
+        if holder is not None:
+            holder._parameters.pop(parameter_name, None)
+            holder.shapes.pop(parameter_name, None)
+        if name not in sources:
+            continue
+        left = [token_id for token_id in sources[name].index.ids if token_id not in own]
+        if left:
+            assert isinstance(module, PartialModule)
+            index_rows(module, name, left)
         else:
             _drop_index_buffers(module, name)
-            del module._row_sources[name]
+            del sources[name]
     for name in shared:
-        source = module._row_sources.get(name)
+        source = sources.get(name)
         if source is not None and source.table_name not in source.owner.__dict__.get("_row_sources", {}):
-            del module._row_sources[name]
-    if not module._row_sources:
+            del sources[name]
+    if not sources:
         module._modules.pop("new_rows", None)
-        base: Any = module._unsplit_class
-        del module.__dict__["_row_sources"], module.__dict__["_forward_scope"]
-        module.__class__ = base
+        for name in (*names, *shared):
+            _drop_index_buffers(module, name)
+        if isinstance(module, PartialModule):
+            base: Any = module._unsplit_class
+            module.__class__ = base
+        module.__dict__.pop("_row_sources", None)
+        module.__dict__.pop("_forward_scope", None)
 
 
 def check_ids(ids: Iterable[int], size: int) -> list[int]:

@@ -19,7 +19,7 @@ from .layout import Table, VocabularyLayout
 from .mask import MaskHandle
 from .rows import ForwardScope, PartialModule, write_rows_into
 from .sharding import is_dtensor, shard_with
-from .split import split_module, unsplit_module
+from .split import next_row_name, split_module, unsplit_module
 from .storage import PlainTables
 from .vocabulary import add_to_tokenizer, remove_from_tokenizer
 
@@ -43,7 +43,7 @@ SCOPE = "_partial_embedding_scope"
 
 
 class Step(Protocol):
-    """A change that can be taken back, also when it was done only in part."""
+    """A change that can be taken back, also when it was done only in part, or has been taken back in part."""
 
     lasts: bool  # whether merge() leaves it
 
@@ -57,14 +57,16 @@ class AddTokens:
 
     def __init__(self, tokenizer: Any, tokens: list[AddedToken]) -> None:
         self.tokenizer, self.tokens, self.ids = tokenizer, tokens, list[int]()
+        self.begun = False
 
     def do(self) -> None:
+        self.begun = True
         self.ids = add_to_tokenizer(self.tokenizer, self.tokens)
 
     def undo(self) -> None:
-        if self.ids:
+        if self.begun:
             remove_from_tokenizer(self.tokenizer, [token.content for token in self.tokens])
-            self.ids = []
+            self.begun = False
 
 
 class MakePlain:
@@ -76,7 +78,8 @@ class MakePlain:
     tables: PlainTables | None
 
     def do(self) -> None:
-        self.tables = PlainTables(self.model, [table.holders for table in self.layout.tables])
+        self.tables = PlainTables(self.model)
+        self.tables.replace(table.holders for table in self.layout.tables)
 
     def undo(self) -> None:
         if self.tables is not None:
@@ -93,7 +96,8 @@ class Grow:
     growth: Growth | None
 
     def do(self) -> None:
-        self.growth = Growth(self.layout)
+        self.growth = Growth()
+        self.growth.grow(self.layout)
 
     def undo(self) -> None:
         if self.growth is not None:
@@ -154,8 +158,10 @@ class Split:
 
     def do(self) -> None:
         (owner, name), *tied = self.table.holders
+        self.row_name = next_row_name(owner, name)
+        self._done.append((owner, {name: self.row_name}, []))
         with _hooked_forward_kept(owner):
-            names = split_module(
+            split_module(
                 owner,
                 {name: self.rows},
                 self.ids,
@@ -163,20 +169,18 @@ class Split:
                 scope=self.scope,
                 base_size=self.table.size,
             )
-        self.row_name = names[name]
-        self._done.append((owner, names, []))
         assert isinstance(owner, PartialModule)
         for module, attribute in tied:
+            self._done.append((module, {}, [attribute]))
             with _hooked_forward_kept(module):
                 shared = {attribute: owner._row_sources[name]}
                 split_module(module, {}, self.ids, shared=shared, scope=self.scope)
-            self._done.append((module, {}, [attribute]))
         if is_dtensor(self.table.tensor):
             shard_with(owner.new_rows, self.table.tensor)
         for module, _ in self.table.holders:
             # A forward of its own may read the table where the model's forward is not entered.
             if isinstance(module, PartialModule) and module._unsplit_class not in (nn.Embedding, nn.Linear):
-                self._hooks += self.scope.hook(module)
+                self.scope.hook(module, self._hooks)
 
     def undo(self) -> None:
         for hook in self._hooks:
@@ -184,9 +188,8 @@ class Split:
         self._hooks = []
         # The owner first: a tied module gives its rows up when the owner has none left.
         for module, names, shared in self._done:
-            assert isinstance(module, PartialModule)
             with _hooked_forward_kept(module):
-                unsplit_module(module, names, shared, len(self.ids))
+                unsplit_module(module, names, shared, self.ids)
         self._done = []
 
 
@@ -204,6 +207,7 @@ class Mask:
         module, attribute = self.table.holders[0]
         others = self.others[0].ids if self.others else []
         self.handle = MaskHandle({attribute: module}, [*others, *self.ids], self.table.dim)
+        self.handle.install()
         for other in self.others:
             other.ids = [*other.ids, *self.ids]
 
@@ -221,20 +225,21 @@ class OpenScope:
     lasts = False
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.hooks = model, list[Any]()
+        self.model, self.hooks, self.begun = model, list[Any](), False
 
     def do(self) -> None:
         if getattr(self.model, SCOPE, None) is None:
+            self.begun = True
             scope = ForwardScope()
-            self.hooks = scope.hook(self.model)
+            scope.hook(self.model, self.hooks)
             self.model.__dict__[SCOPE] = scope
 
     def undo(self) -> None:
-        if self.hooks:
+        if self.begun:
             for hook in self.hooks:
                 hook.remove()
-            del self.model.__dict__[SCOPE]
-            self.hooks = []
+            self.model.__dict__.pop(SCOPE, None)
+            self.hooks, self.begun = [], False
 
 
 class HideRows:
@@ -268,7 +273,8 @@ class HideRows:
 
     def undo(self) -> None:
         while self.steps:
-            self.steps.pop().undo()
+            self.steps[-1].undo()
+            self.steps.pop()
 
 
 class _Method:
@@ -319,8 +325,8 @@ class SetAttribute:
     def do(self) -> None:
         self.had = self.name in self.owner.__dict__
         self.before = self.owner.__dict__.get(self.name)
-        self.owner.__dict__[self.name] = self.value
         self.done = True
+        self.owner.__dict__[self.name] = self.value
 
     def undo(self) -> None:
         if self.done and self.had:
@@ -338,7 +344,9 @@ def _hooked_forward_kept(module: nn.Module) -> Iterator[None]:
     the hook off leaves that method there.
     """
     before = type(module).forward
-    yield
-    for name in ("forward", "_old_forward"):
-        if getattr(module.__dict__.get(name), "__func__", None) is before:
-            module.__dict__[name] = types.MethodType(type(module).forward, module)
+    try:
+        yield
+    finally:
+        for name in ("forward", "_old_forward"):
+            if getattr(module.__dict__.get(name), "__func__", None) is before:
+                module.__dict__[name] = types.MethodType(type(module).forward, module)

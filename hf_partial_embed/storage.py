@@ -89,18 +89,21 @@ class PlainTables:
 
     Args:
         model: whose quantisation settings have to know of them.
-        holders: for each table the modules that have it, with the attribute's name.
     """
 
-    def __init__(self, model: Any, holders: Iterable[list[tuple[nn.Module, str]]]) -> None:
+    def __init__(self, model: Any) -> None:
+        self._model = model
         self._undo: list[tuple[Any, str, str, Any]] = []
         self._classes: list[tuple[nn.Module, type[nn.Module]]] = []
-        try:
-            for places in holders:
-                self._replace(model, places)
-        except BaseException:
-            self.undo()
-            raise
+
+    def replace(self, holders: Iterable[list[tuple[nn.Module, str]]]) -> None:
+        """Put ordinary tables in their places.
+
+        Args:
+            holders: for each table the modules that have it, with the attribute's name.
+        """
+        for places in holders:
+            self._replace(self._model, places)
 
     def _replace(self, model: Any, places: list[tuple[nn.Module, str]]) -> None:
         module, attribute = places[0]
@@ -142,11 +145,13 @@ class PlainTables:
     def undo(self) -> None:
         """Put the tables, classes, hooks and settings back that were there."""
         while self._classes:
-            module, cls = self._classes.pop()
+            module, cls = self._classes[-1]
             module.__class__ = cls
+            self._classes.pop()
         while self._undo:
-            owner, members, name, value = self._undo.pop()
+            owner, members, name, value = self._undo[-1]
             getattr(owner, members)[name] = value
+            self._undo.pop()
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:

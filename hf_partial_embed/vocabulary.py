@@ -314,13 +314,25 @@ def remove_from_tokenizer(tokenizer: Any, texts: Iterable[str]) -> None:
 
 def _remove_from_backend(backend: Any, gone: set[str]) -> None:
     """Load the backend anew without some tokens, in place, since others may hold it."""
-    split, pre_tokenizer, decoder = backend.encode_special_tokens, backend.pre_tokenizer, backend.decoder
-    # These two may be written in Python, and then cannot be serialised.
-    backend.pre_tokenizer = backend.decoder = None
+    split, parts = backend.encode_special_tokens, {}
     try:
-        state = json.loads(backend.to_str())
-        state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in gone]
+        text = backend.to_str()
+    except Exception:  # noqa: BLE001  # these two may be written in Python, and then cannot be serialised
+        parts = {"pre_tokenizer": backend.pre_tokenizer, "decoder": backend.decoder}
+        try:
+            backend.pre_tokenizer = backend.decoder = None
+            text = backend.to_str()
+        finally:
+            _set_parts(backend, parts)
+    state = json.loads(text)
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in gone]
+    try:
         backend.__setstate__(json.dumps(state, ensure_ascii=False).encode())
     finally:
-        backend.pre_tokenizer, backend.decoder = pre_tokenizer, decoder
+        _set_parts(backend, parts)
         backend.encode_special_tokens = split
+
+
+def _set_parts(backend: Any, parts: dict[str, Any]) -> None:
+    for name, part in parts.items():
+        setattr(backend, name, part)

@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from processes import fresh_process
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -186,3 +187,10 @@ def strategy(request) -> str:
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
 def tied(request) -> bool:
     return request.param
+
+
+@pytest.fixture(scope="session")
+def elsewhere():
+    """Runs functions in a process of its own, which may fork."""
+    with fresh_process() as run:
+        yield run

@@ -54,6 +54,10 @@ def model_state(model) -> dict[str, object]:
         "classes": {name: type(module) for name, module in modules.items()},
         "attributes": {name: sorted(vars(module)) for name, module in modules.items()},
         "hooks": {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in modules.items()},
+        "values": {
+            name: {key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
+            for name, module in modules.items()
+        },
         "config": model.config.to_dict(),
         "sizes": {
             name: (getattr(m, "num_embeddings", 0), getattr(m, "out_features", 0)) for name, m in modules.items()

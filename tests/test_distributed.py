@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pytest
 from distributed_cases import OTHERS, SETTINGS, TRAININGS
-from processes import results
+from two_processes import results
 
 CASES = [setting.name for setting in SETTINGS]
 TORCH = [engine for engine in TRAININGS if not engine.startswith("zero")]

@@ -1,18 +1,11 @@
-"""The row file: its format, writing it atomically, and refusing damaged and hostile ones."""
+"""The row file: its format, writing it, and refusing damaged and hostile ones."""
 
 import json
 import os
 import pickle
 import random
 import shutil
-import signal
 import struct
-import tempfile
-import time
-import traceback
-from concurrent.futures import ProcessPoolExecutor
-from itertools import count
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -20,6 +13,7 @@ import torch
 from conftest import bpe_tokenizer, build_model, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import rows
 from safetensors.torch import load_file, save, save_file
 
 from hf_partial_embed import PartialEmbeddingError, TokenRows, load_tokens
@@ -27,12 +21,6 @@ from hf_partial_embed.rows_file import FORMAT_VERSION, ROWS_FILE, read_rows, wri
 
 FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def rows(size: int = 2, dim: int = 16, fill: float | None = None, **options) -> TokenRows:
-    values = torch.randn(size, dim, generator=torch.Generator().manual_seed(0))
-    tokens = [f"<{number}>" for number in range(size)]
-    return TokenRows(tokens, values if fill is None else torch.full_like(values, fill), **options)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -197,110 +185,6 @@ def test_card_is_written_anew_until_its_mark_is_taken_off(tmp_path):
     path.write_text(kept, "utf-8")
     rows(4).save_pretrained(tmp_path)
     assert path.read_text("utf-8") == kept and len(TokenRows.from_pretrained(tmp_path)) == 4
-
-
-# Writing when the system does not go along. Each happens in a fork of a process of its own.
-
-posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-
-
-@pytest.fixture(scope="module")
-def elsewhere():
-    # One thread: a fork does not take along the threads that torch computes with, and would wait for them.
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield lambda function, *arguments: pool.submit(function, *arguments).result()
-
-
-def forked(function, *arguments) -> int:
-    """Run a function in a fork, which then ends without cleaning up; returns the process id."""
-    process = os.fork()
-    if process == 0:
-        try:
-            function(*arguments)
-            os._exit(0)
-        except BaseException:  # noqa: BLE001 -- nothing may unwind into the parent's code
-            traceback.print_exc()
-            os._exit(1)
-    return process
-
-
-def exit_code(process: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-
-
-def save_for_ever(folder: str, start: int) -> None:
-    sets = [rows(64, 2048, fill=float(number)) for number in range(3)]
-    for number in count(start):
-        sets[number % 3].save_pretrained(folder)
-
-
-def kill_while_saving(folder: str, kills: int) -> tuple[set[float], int]:
-    """The values that were found after a kill, and how many kills have cut a write short."""
-    path = Path(folder, ROWS_FILE)
-    rows(64, 2048, fill=0.0).save_pretrained(folder)
-    found = set()
-    delays = random.Random(0)
-    for number in range(kills):
-        before = path.stat().st_ino, path.stat().st_mtime_ns
-        process = forked(save_for_ever, folder, number)
-        while (path.stat().st_ino, path.stat().st_mtime_ns) == before:  # until it has saved once
-            assert os.waitpid(process, os.WNOHANG)[0] == 0, "the fork has ended by itself"
-            time.sleep(0.001)
-        time.sleep(delays.uniform(0, 0.02))
-        os.kill(process, signal.SIGKILL)
-        assert exit_code(process) == -signal.SIGKILL
-        values = TokenRows.from_pretrained(folder).input_rows.unique().tolist()
-        assert len(values) == 1, f"a mixture of {values}"
-        card = Path(folder, "README.md").read_text("utf-8")
-        assert card.startswith("---\n") and card.endswith("| `input_rows` | 64 × 2048 |\n")
-        found.add(values[0])
-    return found, sum(name.startswith(".") for name in os.listdir(folder))
-
-
-@posix
-def test_old_or_new_file_is_whole_after_a_kill_at_any_moment(elsewhere, tmp_path):
-    found, cut_short = elsewhere(kill_while_saving, str(tmp_path), 40)
-    assert found == {0.0, 1.0, 2.0} and cut_short > 0
-
-
-def save_on_a_full_disk(folder: str) -> None:
-    import resource  # POSIX only
-
-    rows(fill=1.0).save_pretrained(folder)
-    before = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-    with pytest.raises(PartialEmbeddingError, match=r"Cannot write .* What was there before is still there."):
-        rows(64, 2048).save_pretrained(folder)
-    assert {path.name: path.read_bytes() for path in Path(folder).iterdir()} == before
-
-
-@posix
-def test_full_disk_leaves_the_old_files_and_says_so(elsewhere, tmp_path):
-    assert elsewhere(run_forked, save_on_a_full_disk, str(tmp_path)) == 0
-
-
-def save_without_permission() -> None:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        rows(fill=1.0).save_pretrained(folder)
-        before = {path.name: path.read_bytes() for path in folder.iterdir()}
-        folder.chmod(0o555)
-        if os.getuid() == 0:  # to whom permissions mean nothing
-            os.seteuid(65534)
-        with pytest.raises(PermissionError):
-            rows(fill=2.0).save_pretrained(folder)
-        os.seteuid(os.getuid())
-        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-
-@posix
-def test_folder_without_write_permission_stays_as_it_was(elsewhere):
-    assert elsewhere(run_forked, save_without_permission) == 0
-
-
-def run_forked(function, *arguments) -> int:
-    return exit_code(forked(function, *arguments))
 
 
 # Damaged and hostile files
