@@ -97,6 +97,8 @@ class PartialEmbedding:
     def verify(self) -> None:
         """Check that no frozen row has changed by one bit since the rows were attached.
 
+        In a sharded run every process calls it, and comes to the same result; a digest of each row is exchanged.
+
         Raises:
             `FrozenRowsChangedError`: names the ids of those that have.
         """
@@ -126,7 +128,10 @@ class PartialEmbedding:
         self._attachment.set_rows(table, values)
 
     def token_rows(self) -> TokenRows:
-        """The rows as they are now: detached copies on the CPU."""
+        """The rows as they are now: detached copies on the CPU, whole ones.
+
+        In a sharded run every process calls it.
+        """
         attachment = self._attachment
         if attachment.attached:
             self._require_attached("read the rows")
@@ -172,7 +177,10 @@ class PartialEmbedding:
         return True
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Save the rows: see `TokenRows.save_pretrained`."""
+        """Save the rows: see `TokenRows.save_pretrained`.
+
+        In a sharded run every process calls it: to the same place, each puts the same file there, whole.
+        """
         self.token_rows().save_pretrained(path)
 
     def push_to_hub(

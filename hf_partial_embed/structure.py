@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -141,14 +142,21 @@ def config_ints(config: Any) -> Iterator[tuple[Path, int]]:
         yield (*path, attribute), value
 
 
+_ALONE = threading.RLock()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """What a model says while it is made concerns a model that nobody will see."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    """What a model says while it is made concerns a model that nobody will see.
+
+    One thread at a time: logging and warnings are switched for the whole process.
+    """
+    with _ALONE:
+        before = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            logging.disable(before)

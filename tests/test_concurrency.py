@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 import pickle
 import sys
 import threading
@@ -192,7 +193,9 @@ def test_threads_with_models_of_their_own_do_not_disturb_each_other(strategy):
         return partial.token_ids, train(partial)
 
     alone = [work(model) for model in copies]
+    settings = logging.root.manager.disable, list(warnings.filters)
     together = in_threads(work, models)
+    assert (logging.root.manager.disable, list(warnings.filters)) == settings
     for (ids, expected), (found_ids, found) in zip(alone, together, strict=True):
         assert ids == found_ids
         assert_equal(found, expected)

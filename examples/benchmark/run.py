@@ -25,7 +25,7 @@ from measure import machine
 from methods import Shape
 from tqdm import tqdm
 
-SECTIONS = ["training", "rows", "vocabulary", "loss", "prefix", "adding", "generating", "compiled"]
+SECTIONS = ["training", "parts", "rows", "vocabulary", "loss", "prefix", "adding", "saving", "generating", "compiled"]
 
 
 def shapes(section: str, on_gpu: bool, tokens: int) -> list[Shape]:
@@ -46,16 +46,18 @@ def shapes(section: str, on_gpu: bool, tokens: int) -> list[Shape]:
         long = 8192 if on_gpu else 512
         found = [Shape(49152, 576, tokens, long), Shape(151936, 896, tokens, long // 4)]
         return [*found, llama] if on_gpu else [*found, Shape(49152, 576, tokens, long, dtype="bfloat16")]
-    if section == "adding":
+    if section in ("adding", "saving"):
         return [Shape(151936, 896, tokens, 1)]
+    if section == "parts":
+        return [small, qwen]
     if section == "compiled":
         return [Shape(8192, 256, tokens, 64, layers=1)]
     return [Shape(49152, 576, tokens, positions, layers=2)]  # generating
 
 
 MEASURES = {
-    "training": sections.training, "rows": sections.training, "vocabulary": sections.training,
-    "loss": sections.loss, "adding": sections.adding, "generating": sections.generating,
+    "training": sections.training, "parts": sections.parts, "rows": sections.training, "vocabulary": sections.training,
+    "loss": sections.loss, "adding": sections.adding, "saving": sections.saving, "generating": sections.generating,
     "compiled": sections.compiled,
 }  # fmt: skip
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial as partial_call
 from typing import Any
 
 import torch
@@ -55,6 +57,61 @@ def training(shape: Shape, device: torch.device, repetitions: int) -> Rows:
         row["MB allocated beyond"] = row.pop("MB allocated") - limit
         row["forward+backward"] = pass_times[row["method"]]["ratio"]
         row["step"] = step_times[row["method"]]["ratio"]
+    return rows
+
+
+def parts(shape: Shape, device: torch.device, repetitions: int) -> Rows:
+    """The embedding alone and the head alone, forward and backward."""
+    ids = torch.randint(0, shape.vocabulary + shape.tokens, (1, shape.positions), device=device)
+    dtype = getattr(torch, shape.dtype)
+    states = torch.randn(1, shape.positions, shape.width, device=device, dtype=dtype, requires_grad=True)
+    embedding: dict[str, Callable[[], object]] = {}
+    head: dict[str, Callable[[], object]] = {}
+    rows: Rows = []
+    for method in (FROZEN, "split", "PEFT TrainableTokens"):
+        prepared = prepare(method, shape, device)
+
+        def passes(part: nn.Module, value: torch.Tensor, trained: list[nn.Parameter]) -> None:
+            output = part(value)
+            output.backward(torch.ones_like(output))
+            for parameter in trained:
+                parameter.grad = None
+
+        model, trained = prepared.model, prepared.parameters
+        embedding[method] = partial_call(passes, model.get_input_embeddings(), ids, trained)
+        head[method] = partial_call(passes, model.get_output_embeddings(), states, trained)
+        rows.append({
+            "method": method,
+            "embedding MB allocated": allocated_bytes(embedding[method]) / 1e6,
+            "head MB allocated": allocated_bytes(head[method]) / 1e6,
+        })  # fmt: skip
+    for name, ways in (("embedding", embedding), ("head", head)):
+        times = time_ratios(ways, repetitions, device, "split")
+        for row in rows:
+            row[f"{name}, ratio to split"] = times[row["method"]]["ratio"]
+    return rows
+
+
+def saving(shape: Shape, device: torch.device, repetitions: int) -> Rows:
+    """Saving the rows, and the merged checkpoint: seconds, and the memory that it takes beyond the model's."""
+    model, tokenizer = build(shape, device)
+    partial = add_tokens(model, tokenizer, new_tokens(shape))
+    rows: Rows = []
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    for name, save in (("rows", partial.save_pretrained), ("merged checkpoint", model.save_pretrained)):
+        with tempfile.TemporaryDirectory() as folder:
+            save(folder)
+            seconds = []
+            for _ in range(repetitions):
+                start = time.perf_counter()
+                save(folder)
+                seconds.append(time.perf_counter() - start)
+            rows.append({
+                "what": name,
+                "milliseconds": 1000 * sorted(seconds)[len(seconds) // 2],
+                "MB beyond the model": allocated_bytes(partial_call(save, folder)) / 1e6,
+                "MB of the model": size / 1e6,
+            })  # fmt: skip
     return rows
 
 
