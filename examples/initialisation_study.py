@@ -41,7 +41,7 @@ import sysconfig
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +57,7 @@ from hf_partial_embed.learning_rate import auto_learning_rate
 
 BEFORE, AFTER = 50, 65  # characters of a snippet around the word
 TRAIN, HELD_OUT = 5, 2  # snippets of each word
+RARE = 5e-6  # a quarter of what an average token of a vocabulary of 50,000 has
 METRICS = {"kl": "KL", "nll": "NLL", "leak": "leak", "bits": "bits/byte", "ppl": "ppl +%"}
 # Lines of the table that are not in the picture: the reference, and what runs no model.
 NOT_DRAWN = ("original", "multivariate", "copy", "description", "positional", "vectors", "donor")
@@ -352,6 +353,10 @@ class Study:
             return rows.clone() if request.role == "input" else torch.stack(pieces)
 
         results["untied: distill, head subtoken_mean"] = self.added(model, input_rows)
+        # Proposed as seldom as rows that start at the mean: what is left of the difference is not the caution.
+        rare = replace(distill, frequency=RARE)
+        results["untied: distill + cached_head, rare"] = self.added(model, rare)
+        results["untied: resize + mean + training"] = self.resized(model)
 
     def added(self, model: PreTrainedModel, init: Any, *, train: float = 0.0) -> dict[str, float]:
         """Scores of tokens that are added, and taken off again."""
