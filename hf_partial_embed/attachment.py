@@ -19,7 +19,7 @@ from .layout import Table, VocabularyLayout, find_layout
 from .mask import MaskHandle
 from .resizing import REGISTRY
 from .rows import ForwardScope, PartialModule
-from .sharding import is_sharded, part_of, trained_rows, write_part
+from .sharding import is_sharded, set_whole, trained_rows
 from .steps import (
     SCOPE,
     AddTokens,
@@ -250,11 +250,7 @@ class Attachment:
 
     def set_rows(self, table: Table, values: Tensor) -> None:
         """Set the trainable rows of a table, under `"split"`."""
-        rows, shape = self.parameter(table), self._rows_shape(table)
-        if is_sharded(rows, shape):
-            write_part(part_of(rows, shape), range(shape[0]), values)
-        else:
-            rows.data.copy_(values)
+        set_whole(self.parameter(table), self._rows_shape(table), values)
 
     def _rows_shape(self, table: Table) -> tuple[int, ...]:
         return (len(self.ids), *table.shape[: table.dim], *table.shape[table.dim + 1 :])

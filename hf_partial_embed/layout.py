@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .digest import row_digests
@@ -21,7 +20,7 @@ from .errors import PartialEmbeddingError
 from .rebuilding import DifferentVocabularies, resizing_by_building, unread_tables
 from .resizing import resizing_by_itself
 from .rows import PartialModule
-from .sharding import is_dtensor, is_sharded, part_of, sharded_row_digests, whole_rows, write_part
+from .sharding import is_dtensor, is_sharded, part_of, sharded_row_digests, whole, whole_rows, write_rows
 from .storage import is_quantized, offloaded_value, plain_value, tensor_of
 from .structure import Resizing, input_weight, named_counts, named_tensors, try_call
 
@@ -88,25 +87,18 @@ class Table:
 
     def values(self) -> Tensor:
         """The table as an ordinary tensor, not to be changed; a copy where it is quantised, offloaded or sharded."""
-        return whole_rows(self.tensor, self.shape) if self.sharded else plain_value(*self.holders[0])
+        return whole(self.tensor, self.shape) if self.sharded else plain_value(*self.holders[0])
 
     def rows(self, ids: list[int]) -> Tensor:
         """Copies of rows, `[K, ...]`."""
-        if self.sharded and self.dim == 0:
-            return whole_rows(self.tensor, self.shape, ids)
+        if self.sharded:
+            return whole_rows(self.tensor, self.shape, ids, self.dim)
         values = self.values()
-        index = torch.tensor(ids, device=values.device, dtype=torch.int64)
-        return values.index_select(self.dim, index).movedim(self.dim, 0)
+        return whole_rows(values, values.shape, ids, self.dim)
 
-    @torch.no_grad()
     def write(self, ids: list[int], rows: Tensor) -> None:
         """Write rows, `[K, ...]`, into it."""
-        tensor = self.tensor
-        if self.sharded:
-            write_part(part_of(tensor, self.shape), ids, rows)
-        else:
-            index = torch.tensor(ids, device=tensor.device)
-            tensor.data.index_copy_(self.dim, index, rows.to(tensor).movedim(0, self.dim))
+        write_rows(self.tensor, self.shape, ids, rows, self.dim)
 
     def digests(self) -> Tensor:
         """`row_digests` of the whole table."""

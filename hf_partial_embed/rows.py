@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .sharding import is_dtensor, is_sharded, part_of, whole_rows, write_part
+from .sharding import is_dtensor, is_sharded, set_whole, whole, whole_rows, write_rows
 
 __all__ = [
     "ForwardScope",
@@ -164,7 +164,7 @@ class RowSource:
         """All trainable rows, detached; also outside of forwards where they are sharded, if every process asks."""
         if not self.sharded:
             return self.rows().detach()  # which brings them back where accelerate has put them elsewhere
-        return torch.cat([whole_rows(rows, shape) for _, rows, shape in self.sets()])
+        return torch.cat([whole(rows, shape) for _, rows, shape in self.sets()])
 
     def lookup(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         return self.index.lookup(input_ids, self.owner.row_buffers(self.table_name))
@@ -266,11 +266,7 @@ class PartialModule(nn.Module):
             source, table = self._row_sources[name], self.raw_table(name)
             if table is None or table.is_meta:
                 continue
-            rows = source.whole_rows().to(table.dtype).to(table.device)
-            if is_sharded(table, source.shape):
-                write_part(part_of(table, source.shape), source.index.ids, rows)
-            else:
-                table.data.index_copy_(source.dim, source.ids(table.device), rows.movedim(0, source.dim))
+            write_rows(table, source.shape, source.ids(table.device), source.whole_rows(), source.dim)
 
     @torch.no_grad()
     def read_rows(self, name: str) -> None:
@@ -279,19 +275,13 @@ class PartialModule(nn.Module):
         Rows that round to what the table holds are left as they are: they are the exact ones.
         """
         source, table = self._row_sources[name], self.raw_table(name)
-        if is_sharded(table, source.shape):
-            stored = whole_rows(table, source.shape, source.index.ids)
-        else:
-            stored = table.detach().index_select(source.dim, source.ids(table.device)).movedim(source.dim, 0)
+        stored = whole_rows(table, source.shape, source.ids(table.device), source.dim)
         offset = 0
         for _, rows, shape in source.sets():
             part = stored[offset : offset + shape[0]].to(rows.device)
             offset += shape[0]
-            if not torch.equal(whole_rows(rows, shape).to(part.dtype), part):
-                if is_sharded(rows, shape):
-                    write_part(part_of(rows, shape), range(shape[0]), part.to(rows.dtype))
-                else:
-                    rows.copy_(part)
+            if not torch.equal(whole(rows, shape).to(part.dtype), part):
+                set_whole(rows, shape, part)
 
     def _names_here(self, *, collective: bool) -> list[str]:
         """The tables that can be brought up to date now.

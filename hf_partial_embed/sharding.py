@@ -26,12 +26,14 @@ __all__ = [
     "is_dtensor",
     "is_sharded",
     "part_of",
+    "set_whole",
     "shard_with",
     "sharded_row_digests",
     "sharding_of",
     "trained_rows",
+    "whole",
     "whole_rows",
-    "write_part",
+    "write_rows",
 ]
 
 _PIECE = 1 << 22  # numbers at a time
@@ -131,47 +133,104 @@ def _combine(values: Tensor, group: Any) -> Tensor:
     return values.to(device)
 
 
-def _places(part: Part, ids: Sequence[int]) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _index(ids: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    return ids.to(device) if isinstance(ids, Tensor) else torch.tensor(list(ids), device=device, dtype=torch.int64)
+
+
+def _places(part: Part, ids: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Which numbers of rows are here, some rows at a time.
 
     Gives:
         the rows, as a slice of `ids`; places in the flattened rows; places in `part.values`.
     """
-    width, device = part.width, part.values.device
+    width = part.width
     step = max(1, _PIECE // max(1, width))
-    columns = torch.arange(width, device=device)
+    columns = torch.arange(width, device=ids.device)
     for first in range(0, len(ids), step):
         rows = slice(first, min(first + step, len(ids)))
-        index = torch.tensor(list(ids[rows]), dtype=torch.int64, device=device)
-        place = (index.unsqueeze(1) * width + columns).view(-1) - part.start
+        place = (ids[rows].unsqueeze(1) * width + columns).view(-1) - part.start
         inside = ((place >= 0) & (place < part.values.numel())).nonzero().view(-1)
         yield rows, inside, place[inside]
 
 
 @torch.no_grad()
-def whole_rows(parameter: Tensor, shape: Sequence[int], ids: Sequence[int] | None = None) -> Tensor:
-    """Rows of a parameter, sharded or not, on every process. What is sent is the rows, not the table.
+def whole(parameter: Tensor, shape: Sequence[int]) -> Tensor:
+    """All of a parameter, detached, on every process; its own values where all of it is here.
 
     Args:
         parameter: as its module has it now.
         shape: of the whole of it.
-        ids: which rows; all, if not given.
-
-    Returns:
-        `torch.Tensor` of shape `(K, ...)`, detached; the parameter's own values where all of it is here and
-        wanted.
     """
-    shape = tuple(shape)
     if not is_sharded(parameter, shape):
-        values = parameter.detach()
-        return values if ids is None else values[torch.tensor(list(ids), device=values.device, dtype=torch.int64)]
+        return parameter.detach()
     part = part_of(parameter, shape)
-    ids = range(shape[0]) if ids is None else ids
+    return _gathered(part, torch.arange(part.shape[0], device=part.values.device))
+
+
+def _gathered(part: Part, ids: Tensor) -> Tensor:
     rows = part.values.new_zeros((len(ids), part.width))
     for some, inside, here in _places(part, ids):
         rows[some].view(-1)[inside] = part.values[here]
         rows[some] = _combine(rows[some], part.group)
-    return rows.view(len(ids), *shape[1:])
+    return rows.view(len(ids), *part.shape[1:])
+
+
+@torch.no_grad()
+def whole_rows(parameter: Tensor, shape: Sequence[int], ids: Sequence[int] | Tensor, dim: int = 0) -> Tensor:
+    """Copies of rows of a parameter, sharded or not, on every process.
+
+    What is sent is the rows, not the table; the table where its rows are not along the first dimension.
+
+    Args:
+        parameter: as its module has it now.
+        shape: of the whole of it.
+        ids: which rows.
+        dim: the dimension of the rows.
+
+    Returns:
+        `torch.Tensor` of shape `(K, ...)`, detached.
+    """
+    if dim == 0 and is_sharded(parameter, shape):
+        part = part_of(parameter, shape)
+        return _gathered(part, _index(ids, part.values.device))
+    values = whole(parameter, shape)
+    return values.index_select(dim, _index(ids, values.device)).movedim(dim, 0)
+
+
+@torch.no_grad()
+def write_rows(
+    parameter: Tensor, shape: Sequence[int], ids: Sequence[int] | Tensor, rows: Tensor, dim: int = 0
+) -> None:
+    """Write rows into a parameter, or into the part of it that is here, past its version counter.
+
+    Nothing is sent, but where the rows of a sharded one are not along the first dimension.
+
+    Args:
+        parameter, shape, ids, dim: as for `whole_rows`.
+        rows (`torch.Tensor` of shape `(K, ...)`): the values, the same on every process.
+    """
+    rows = rows.to(device=parameter.device, dtype=parameter.dtype)
+    index = _index(ids, rows.device)
+    if not is_sharded(parameter, shape):
+        parameter.data.index_copy_(dim, index, rows.movedim(0, dim))
+        return
+    part = part_of(parameter, shape)
+    if dim:
+        changed = whole(parameter, shape).index_copy_(dim, index, rows.movedim(0, dim)).view(-1)
+        part.values.copy_(changed[part.start : part.start + part.values.numel()])
+        return
+    flat = rows.reshape(len(index), -1)
+    for some, inside, here in _places(part, index):
+        part.values[here] = flat[some].reshape(-1)[inside]
+
+
+@torch.no_grad()
+def set_whole(parameter: Tensor, shape: Sequence[int], values: Tensor) -> None:
+    """Set all of a parameter, or the part of it that is here; nothing is sent."""
+    if is_sharded(parameter, shape):
+        write_rows(parameter, shape, range(shape[0]), values)
+    else:
+        parameter.copy_(values)
 
 
 @torch.no_grad()
@@ -186,7 +245,7 @@ def trained_rows(parameter: Tensor, shape: Sequence[int]) -> Tensor:
         if optimized and (master := deepspeed.safe_get_full_fp32_param(parameter)) is not None:
             values: Tensor = master.detach().view(tuple(shape))
             return values
-    return whole_rows(parameter, shape)
+    return whole(parameter, shape)
 
 
 @torch.no_grad()
@@ -199,20 +258,6 @@ def from_any_process(values: Tensor | None, parameter: Any) -> Tensor | None:
         return None
     whole = part.values.new_zeros(part.shape) if values is None else values.to(part.values)
     return _combine(whole, part.group)
-
-
-@torch.no_grad()
-def write_part(part: Part, ids: Sequence[int], rows: Tensor) -> None:
-    """Write rows into a sharded parameter, as far as they are here; nothing is sent.
-
-    Args:
-        part: what is here of it.
-        ids: which rows.
-        rows (`torch.Tensor` of shape `(K, ...)`): the values, the same on every process.
-    """
-    flat = rows.to(part.values).reshape(len(ids), -1)
-    for some, inside, here in _places(part, ids):
-        part.values[here] = flat[some].reshape(-1)[inside]
 
 
 @torch.no_grad()

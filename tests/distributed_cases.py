@@ -26,6 +26,7 @@ from conftest import bpe_tokenizer, build_model
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, DistributedConfig, Trainer, TrainingArguments
@@ -40,6 +41,7 @@ from hf_partial_embed import (
     train_tokens,
 )
 from hf_partial_embed.learning_rate import auto_learning_rate
+from hf_partial_embed.split import split_module
 
 RANK = int(os.environ.get("RANK", "0"))
 WORLD = int(os.environ.get("WORLD_SIZE", "2"))
@@ -600,6 +602,21 @@ def no_table_is_gathered_to_look_at_rows(folder: Path) -> None:
     assert verifying.bytes == Counter(allreduce=2 * size * (8 + 1)), verifying.bytes
 
 
+def rows_along_another_dimension_are_written(folder: Path) -> None:
+    """A table with a column for each token, `[d, V]`, which FSDP2 shards by its other dimension."""
+    torch.manual_seed(0)
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.randn(5, 11))
+    before, rows = module.weight.detach().clone(), torch.randn(3, 5)
+    split_module(module, {"weight": nn.Parameter(rows.clone())}, [2, 7, 4], dims={"weight": 1})
+    fully_shard(module)
+    written = module.state_dict()["weight"].full_tensor()
+    expected = before.index_copy(1, torch.tensor([2, 7, 4]), rows.T)
+    assert torch.equal(written, expected), (written - expected).abs().max(0)
+    module.load_state_dict({"weight": distribute_tensor(before, module._parameters["weight"].device_mesh, [Shard(0)])})
+    assert torch.equal(module._row_sources["weight"].whole_rows(), before[:, [2, 7, 4]].T)
+
+
 def refuses_tensor_parallelism(folder: Path) -> None:
     whole, tokenizer = base_model(Setting(tied=False)), bpe_tokenizer()
     whole.save_pretrained(folder / "base", is_main_process=RANK == 0)
@@ -641,6 +658,7 @@ OTHERS = {
     "fsdp2": {
         "mask": refuses_mask(sharded_by_fsdp2),
         "bytes": fsdp2_reduces_rows_only,
+        "transposed": rows_along_another_dimension_are_written,
         "bytes-of-saving": no_table_is_gathered_to_look_at_rows,
         "tokens-after-sharding": refuses_tokens_after_sharding,
         "rows-inside": rows_inside_a_sharded_table_train,
