@@ -15,6 +15,7 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from .errors import FrozenRowsChangedError, PartialEmbeddingError, shorten
+from .growth import Growth
 from .layout import Table, VocabularyLayout, find_layout
 from .mask import MaskHandle
 from .resizing import REGISTRY
@@ -24,9 +25,7 @@ from .steps import (
     SCOPE,
     AddTokens,
     Freeze,
-    Grow,
     HideRows,
-    MakePlain,
     Mask,
     OpenScope,
     SetAttribute,
@@ -34,6 +33,7 @@ from .steps import (
     Step,
     WriteRows,
 )
+from .storage import PlainTables
 from .vocabulary import known_id
 
 __all__ = ["Attachment", "attachments_of"]
@@ -127,8 +127,8 @@ class Attachment:
         self.layout = layout
         self.trained = [table for table in layout.tables if self._trains(table)]
         self._check_free()
-        self._do(MakePlain(self.model, layout))
-        self._do(Grow(layout))
+        self._do(PlainTables(self.model, [table.holders for table in layout.tables]))
+        self._do(Growth(layout))
         for table in layout.tables:
             self._write_rows(table)
         for table in layout.tables:

@@ -18,21 +18,27 @@ class Growth:
 
     A parameter stays the same object, so whatever is tied to it grows with it, and an old row keeps
     every bit. New rows are zero, and rows behind the vocabulary are behind it again. Each table is copied
-    once.
+    once. A step of an attachment, see `steps`.
+
+    Args:
+        layout: says which tables grow, and to what size.
     """
 
-    def __init__(self) -> None:
+    lasts = True
+
+    def __init__(self, layout: VocabularyLayout) -> None:
+        self._layout = layout
         self._tables: list[tuple[Table, Tensor | None, Tensor]] = []
         self._counts: list[tuple[Any, str, int]] = []
 
-    def grow(self, layout: VocabularyLayout) -> None:
-        """Grow the tables of a layout, and what counts their rows."""
-        growing = [table for table in layout.tables if table.grown_size > table.size]
+    def do(self) -> None:
+        """Grow the tables of the layout, and what counts their rows."""
+        growing = [table for table in self._layout.tables if table.grown_size > table.size]
         for table in growing:
             tail = table.tensor.detach().narrow(table.dim, table.size - table.tail, table.tail).clone()
             self._tables.append((table, table.tensor.grad, tail))
             self._resize(table, tail)
-        for owner, attribute, value in layout.counts if growing else []:
+        for owner, attribute, value in self._layout.counts if growing else []:
             self._counts.append((owner, attribute, getattr(owner, attribute)))
             setattr(owner, attribute, value)
 

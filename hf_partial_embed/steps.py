@@ -14,22 +14,18 @@ from typing import Any, Protocol
 from tokenizers import AddedToken
 from torch import Tensor, nn
 
-from .growth import Growth
-from .layout import Table, VocabularyLayout
+from .layout import Table
 from .mask import MaskHandle
 from .rows import ForwardScope, PartialModule, write_rows_into
 from .sharding import is_dtensor, shard_with
 from .split import next_row_name, split_module, unsplit_module
-from .storage import PlainTables
 from .vocabulary import add_to_tokenizer, remove_from_tokenizer
 
 __all__ = [
     "SCOPE",
     "AddTokens",
     "Freeze",
-    "Grow",
     "HideRows",
-    "MakePlain",
     "Mask",
     "OpenScope",
     "SetAttribute",
@@ -67,42 +63,6 @@ class AddTokens:
         if self.begun:
             remove_from_tokenizer(self.tokenizer, [token.content for token in self.tokens])
             self.begun = False
-
-
-class MakePlain:
-    lasts = True
-
-    def __init__(self, model: Any, layout: VocabularyLayout) -> None:
-        self.model, self.layout, self.tables = model, layout, None
-
-    tables: PlainTables | None
-
-    def do(self) -> None:
-        self.tables = PlainTables(self.model)
-        self.tables.replace(table.holders for table in self.layout.tables)
-
-    def undo(self) -> None:
-        if self.tables is not None:
-            self.tables.undo()
-            self.tables = None
-
-
-class Grow:
-    lasts = True
-
-    def __init__(self, layout: VocabularyLayout) -> None:
-        self.layout, self.growth = layout, None
-
-    growth: Growth | None
-
-    def do(self) -> None:
-        self.growth = Growth()
-        self.growth.grow(self.layout)
-
-    def undo(self) -> None:
-        if self.growth is not None:
-            self.growth.undo()
-            self.growth = None
 
 
 class WriteRows:

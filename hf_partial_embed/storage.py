@@ -85,24 +85,24 @@ def plain_value(module: nn.Module, attribute: str, dtype: torch.dtype | None = N
 
 
 class PlainTables:
-    """Ordinary tables in the place of others, and how to take that back.
+    """Ordinary tables in the place of others, and how to take that back. A step of an attachment, see `steps`.
 
     Args:
         model: whose quantisation settings have to know of them.
+        holders: for each table the modules that have it, with the attribute's name.
     """
 
-    def __init__(self, model: Any) -> None:
+    lasts = True
+
+    def __init__(self, model: Any, holders: Iterable[list[tuple[nn.Module, str]]]) -> None:
         self._model = model
+        self._holders = list(holders)
         self._undo: list[tuple[Any, str, str, Any]] = []
         self._classes: list[tuple[nn.Module, type[nn.Module]]] = []
 
-    def replace(self, holders: Iterable[list[tuple[nn.Module, str]]]) -> None:
-        """Put ordinary tables in their places.
-
-        Args:
-            holders: for each table the modules that have it, with the attribute's name.
-        """
-        for places in holders:
+    def do(self) -> None:
+        """Put ordinary tables in their places."""
+        for places in self._holders:
             self._replace(self._model, places)
 
     def _replace(self, model: Any, places: list[tuple[nn.Module, str]]) -> None:

@@ -24,7 +24,6 @@ from hf_partial_embed import (
     add_tokens,
     attachment,
     load_tokens,
-    steps,
     train_tokens,
 )
 
@@ -652,7 +651,7 @@ def test_rows_are_saved_with_the_adapter_when_its_config_says_so(tied, tmp_path)
     assert torch.equal(partial.token_rows().input_rows, next(t for n, t in rows.items() if "embed" in n))
 
 
-STEPS = [name for name, value in vars(steps).items() if hasattr(value, "do") and name != "Step"]
+STEPS = [name for name, value in vars(attachment).items() if hasattr(value, "do") and name != "Step"]
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -662,13 +661,13 @@ def test_a_fault_in_any_step_leaves_everything_as_it_was(monkeypatch, strategy, 
     model = build_model("phi", len(tokenizer), tied=tied)
     first = add_tokens(model, tokenizer, ["<first>"], strategy=strategy)
     before, rows = state_of(model, tokenizer), first.token_rows()
-    cls, calls = getattr(steps, step), 0
+    cls, calls = getattr(attachment, step), 0
     original = cls.do
 
     def broken(self):
         nonlocal calls
         calls += 1
-        if calls == 2 or step in ("AddTokens", "MakePlain", "Grow", "OpenScope", "HideRows"):
+        if calls == 2 or step in ("AddTokens", "PlainTables", "Growth", "OpenScope", "HideRows"):
             if when == "after":
                 original(self)
             raise RuntimeError("injected")
