@@ -53,7 +53,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 from hf_partial_embed import PartialEmbedding, add_tokens, train_tokens
 from hf_partial_embed.initializers import Copy, Description, Distill, Donor, InitRequest, Vectors
-from hf_partial_embed.learning_rate import auto_learning_rate
+from hf_partial_embed.training.optimizers import auto_learning_rate
 
 BEFORE, AFTER = 50, 65  # characters of a snippet around the word
 TRAIN, HELD_OUT = 5, 2  # snippets of each word

@@ -18,8 +18,8 @@ from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hf_partial_embed import TokenRows, add_tokens
-from hf_partial_embed.concepts import expand_placeholders, vector_tokens
 from hf_partial_embed.formats import read_textual_inversion, write_textual_inversion
+from hf_partial_embed.tokens import expand_placeholders, vector_tokens
 
 PLACEHOLDER, NUM_VECTORS, WIDTHS = "<cat>", 3, {"clip_l": 32, "clip_g": 64}
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import SFTConfig, SFTTrainer
 
 from hf_partial_embed import PartialEmbeddingCallback, add_tokens
-from hf_partial_embed.plot import plot_rows
+from hf_partial_embed.evaluation import plot_rows
 
 TOKENS = {
     "<think>": "thinking begins",

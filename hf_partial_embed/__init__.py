@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .lazy import lazy_names
 
 if TYPE_CHECKING:
     from .api import add_tokens, load_tokens, train_tokens
-    from .checkpoints import verify_checkpoint
-    from .chunked_loss import ChunkedLoss
+    from .attachment.partial import PartialEmbedding, TokenRows
     from .errors import FrozenRowsChangedError, PartialEmbeddingError
-    from .loss import linear_cross_entropy
-    from .mask import mask_gradients
-    from .partial import PartialEmbedding, TokenRows
-    from .prefix import FrozenPrefix
-    from .split import SplitEmbedding, SplitLinear
-    from .trainer import PartialEmbeddingCallback
+    from .files.checkpoints import verify_checkpoint
+    from .modules.embedding import SplitEmbedding
+    from .modules.linear import SplitLinear
+    from .modules.loss import linear_cross_entropy
+    from .modules.mask import mask_gradients
+    from .training.callback import PartialEmbeddingCallback
+    from .training.chunked_loss import ChunkedLoss
+    from .training.frozen_prefix import FrozenPrefix
 
 __version__ = "0.1.0"
-
-# By module, and imported on first use: the modules for plain PyTorch must not import transformers.
-_NAMES = {
-    "add_tokens": "api",
-    "load_tokens": "api",
-    "train_tokens": "api",
-    "PartialEmbedding": "partial",
-    "TokenRows": "partial",
-    "PartialEmbeddingCallback": "trainer",
-    "ChunkedLoss": "chunked_loss",
-    "FrozenPrefix": "prefix",
-    "linear_cross_entropy": "loss",
-    "verify_checkpoint": "checkpoints",
-    "mask_gradients": "mask",
-    "SplitEmbedding": "split",
-    "SplitLinear": "split",
-    "PartialEmbeddingError": "errors",
-    "FrozenRowsChangedError": "errors",
-}
 
 __all__ = [
     "ChunkedLoss",
@@ -56,14 +39,24 @@ __all__ = [
     "verify_checkpoint",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+# The modules for plain PyTorch must not import transformers, nor a plain import anything of torch.
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "add_tokens": "api",
+        "load_tokens": "api",
+        "train_tokens": "api",
+        "PartialEmbedding": "attachment.partial",
+        "TokenRows": "attachment.partial",
+        "PartialEmbeddingCallback": "training.callback",
+        "ChunkedLoss": "training.chunked_loss",
+        "FrozenPrefix": "training.frozen_prefix",
+        "linear_cross_entropy": "modules.loss",
+        "verify_checkpoint": "files.checkpoints",
+        "mask_gradients": "modules.mask",
+        "SplitEmbedding": "modules.embedding",
+        "SplitLinear": "modules.linear",
+        "PartialEmbeddingError": "errors",
+        "FrozenRowsChangedError": "errors",
+    },
+)

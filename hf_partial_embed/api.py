@@ -10,13 +10,15 @@ import torch
 from tokenizers import AddedToken
 from torch import Tensor
 
+from .attachment.options import check_options
+from .attachment.partial import PartialEmbedding, TokenRows, attach_rows
 from .errors import PartialEmbeddingError, shorten
 from .initializers import Initializer, resolve
-from .layout import find_layout
-from .partial import PartialEmbedding, TokenRows, attach_rows
-from .preparation import check_options, existing_tokens, initial_values, plain_tokenizer
-from .split import check_ids
-from .vocabulary import check_new, find_ids, normalize_tokens
+from .initializers.initial_values import initial_values
+from .layout.tables import find_layout
+from .modules.splitting import check_ids
+from .tokens.added import check_new, existing_tokens, normalize_tokens
+from .tokens.vocabulary import find_ids, plain_tokenizer
 
 __all__ = ["add_tokens", "load_tokens", "train_tokens"]
 

@@ -40,8 +40,8 @@ from hf_partial_embed import (
     add_tokens,
     train_tokens,
 )
-from hf_partial_embed.learning_rate import auto_learning_rate
-from hf_partial_embed.split import split_module
+from hf_partial_embed.modules.splitting import split_module
+from hf_partial_embed.training.optimizers import auto_learning_rate
 
 RANK = int(os.environ.get("RANK", "0"))
 WORLD = int(os.environ.get("WORLD_SIZE", "2"))

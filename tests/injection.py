@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 
 import hf_partial_embed
 
-_PACKAGE = str(Path(hf_partial_embed.__file__).parent)
+_PACKAGE = Path(hf_partial_embed.__file__).parent
+
+
+def _module(file: str) -> str | None:
+    """The name of a module below the package, `None` for files of others."""
+    path = Path(file)
+    return ".".join(path.relative_to(_PACKAGE).with_suffix("").parts) if path.is_relative_to(_PACKAGE) else None
 
 
 class Interrupt(BaseException):
@@ -34,7 +40,7 @@ class Moment(NamedTuple):
 
 
 def moments_of(call: Callable[[], Any], modules: Iterable[str] = ()) -> list[Moment]:
-    """All moments of a run, in their order: those in some modules (`"steps"`), or in the whole package."""
+    """All moments of a run, in their order: in the whole package, or in some modules (`"files.hub"`) or wings."""
     found: list[Moment] = []
     _run(call, found, None, tuple(modules))
     return found
@@ -59,7 +65,7 @@ def _run(call: Callable[[], Any], found: list[Moment], at: Moment | None, module
 
     def local(frame: FrameType, event: str, argument: object) -> Any:
         if event in ("line", "return"):
-            site = Site(Path(frame.f_code.co_filename).stem, frame.f_lineno, event)
+            site = Site(_module(frame.f_code.co_filename) or "", frame.f_lineno, event)
             hits[site] += 1
             moment = Moment(site, hits[site])
             if moment == at:
@@ -74,9 +80,10 @@ def _run(call: Callable[[], Any], found: list[Moment], at: Moment | None, module
     def enter(frame: FrameType, event: str, argument: object) -> Any:
         name = frame.f_code.co_filename
         if name not in watched:
-            module = Path(name).stem
-            watched[name] = name.startswith(_PACKAGE) and (
-                module == at.site.module if at is not None else not modules or module in modules
+            module = _module(name)
+            wing = (module or "").partition(".")[0]
+            watched[name] = module is not None and (
+                module == at.site.module if at is not None else not modules or module in modules or wing in modules
             )
         return local if watched[name] else None
 

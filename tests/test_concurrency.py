@@ -18,7 +18,7 @@ from processes import rows
 from torch.utils.data import DataLoader, Dataset
 
 from hf_partial_embed import TokenRows, add_tokens
-from hf_partial_embed.steps import SCOPE
+from hf_partial_embed.attachment.steps import SCOPE
 
 TOKENS = ["<think>", "</think>", "praseodymium"]
 IDS = torch.tensor([[5, 300, 301, 302, 7]])

@@ -27,11 +27,13 @@ from injection import first_moments, interrupted, moments_of
 from processes import forked, kill, posix, rows, run_forked
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from test_trainer import setup, train
+from trainings import setup, train
 from transformers import LlamaForCausalLM
 
-from hf_partial_embed import PartialEmbeddingCallback, PartialEmbeddingError, TokenRows, add_tokens, cli
-from hf_partial_embed.rows_file import ROWS_FILE
+from hf_partial_embed import PartialEmbeddingCallback, PartialEmbeddingError, TokenRows, add_tokens
+from hf_partial_embed.cli import main as cli
+from hf_partial_embed.cli.output import fresh_folder
+from hf_partial_embed.files.rows_file import ROWS_FILE
 
 pytestmark = posix
 
@@ -131,7 +133,7 @@ def kill_checkpoint_saves(folder: str, kills: int, ours: bool) -> tuple[int, dic
     def save(number: int) -> None:
         if ours:
             options = cli._parser().parse_args(["merge", "base", "rows", str(out), "--force"])
-            with cli._fresh_folder(options) as fresh:
+            with fresh_folder(options) as fresh:
                 models[number % 2].save_pretrained(fresh)
         else:
             models[number % 2].save_pretrained(out)
@@ -169,7 +171,7 @@ STOPS = {
     "before the optimizer": ("transformers.trainer.Trainer", "_save_optimizer_and_scheduler"),
     "before the random state": ("transformers.trainer.Trainer", "_save_rng_state"),
     "before the state of the trainer": ("transformers.trainer_callback.TrainerState", "save_to_json"),
-    "before the row file": ("hf_partial_embed.partial.TokenRows", "save_file"),
+    "before the row file": ("hf_partial_embed.attachment.partial.TokenRows", "save_file"),
 }
 
 
@@ -295,7 +297,9 @@ def test_interrupt_at_any_line_of_saving_leaves_whole_files_and_nothing_else(tmp
     old, new = rows(fill=1.0), rows(fill=2.0)
     new.save_pretrained(tmp_path)
     seen = set()
-    for moment in first_moments(moments_of(lambda: new.save_pretrained(tmp_path), ["partial", "rows_file", "hub"])):
+    for moment in first_moments(
+        moments_of(lambda: new.save_pretrained(tmp_path), ["attachment.partial", "files.rows_file", "files.hub"])
+    ):
         old.save_pretrained(tmp_path)
         assert interrupted(lambda: new.save_pretrained(tmp_path), moment)
         assert sorted(os.listdir(tmp_path)) == ["README.md", ROWS_FILE], moment

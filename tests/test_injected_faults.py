@@ -20,12 +20,16 @@ from injection import first_moments, interrupted, moments_of
 from states import assert_same, bits, model_state, tokenizer_state
 
 from hf_partial_embed import ChunkedLoss, PartialEmbedding, TokenRows, add_tokens, load_tokens, train_tokens
-from hf_partial_embed import steps as step_module
-from hf_partial_embed.attachment import Attachment, attachments_of
-from hf_partial_embed.resizing import REGISTRY
+from hf_partial_embed.attachment import steps as step_module
+from hf_partial_embed.attachment.attachment import Attachment, attachments_of
+from hf_partial_embed.layout.resizing import REGISTRY
 
 FIRST, SECOND, THIRD = ["<first>", "praseodymium"], ["<second>"], ["<third>", "<fourth>"]
-CHANGING = ("additions", "attachment", "growth", "mask", "partial", "rows", "split", "steps", "storage", "vocabulary")
+CHANGING = (
+    "attachment.additions", "attachment.attachment", "attachment.growth", "attachment.partial", "attachment.steps",
+    "layout.storage", "modules.mask", "modules.rows", "modules.splitting", "modules.embedding", "modules.linear",
+    "tokens",
+)  # fmt: skip
 
 
 class Situation:
@@ -250,7 +254,7 @@ def test_an_undo_that_is_interrupted_begins_again(monkeypatch, tied, strategy):
             raise RuntimeError("the disk is on fire")
 
     monkeypatch.setattr(step_module.SetAttribute, "do", fail)
-    moments = first_moments(moments_of(add_in_vain, set(CHANGING) - {"attachment"}))
+    moments = first_moments(moments_of(add_in_vain, set(CHANGING) - {"attachment.attachment"}))
     undoing = [moment for moment in moments if moment.site not in doing]
     assert_same(before, situation.state())
     assert len(undoing) > 40

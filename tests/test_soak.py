@@ -26,7 +26,7 @@ from states import assert_same, model_state, tokenizer_state
 from transformers import AutoModelForCausalLM
 
 from hf_partial_embed import PartialEmbeddingError, TokenRows, add_tokens, load_tokens, train_tokens
-from hf_partial_embed.attachment import attachments_of
+from hf_partial_embed.attachment.attachment import attachments_of
 
 BASE = 300
 IDS = torch.tensor([[5, 299, 7, 2]])

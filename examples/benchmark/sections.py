@@ -17,7 +17,7 @@ from methods import FROZEN, METHODS, Prepared, Shape, build, new_tokens, prepare
 from torch import nn
 
 from hf_partial_embed import ChunkedLoss, FrozenPrefix, SplitLinear, add_tokens, linear_cross_entropy
-from hf_partial_embed.digest import row_digests
+from hf_partial_embed.modules.digest import row_digests
 
 Rows = list[dict[str, Any]]
 

@@ -5,7 +5,22 @@ Both directions go through `TokenRows`. Nothing is unpickled: formats whose file
 
 from __future__ import annotations
 
-from .peft import read_peft, write_peft
-from .textual_inversion import read_textual_inversion, write_textual_inversion
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .peft import read_peft, write_peft
+    from .textual_inversion import read_textual_inversion, write_textual_inversion
 
 __all__ = ["read_peft", "read_textual_inversion", "write_peft", "write_textual_inversion"]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "read_peft": "peft",
+        "write_peft": "peft",
+        "read_textual_inversion": "textual_inversion",
+        "write_textual_inversion": "textual_inversion",
+    },
+)

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from ..attachment.partial import TokenRows
 from ..errors import PartialEmbeddingError, shorten
-from ..layout import VocabularyLayout, find_layout
-from ..partial import TokenRows
-from ..preparation import existing_tokens, model_name, plain_tokenizer
-from ..pretrained import has_tokenizer
-from ..split import check_ids
-from ..vocabulary import find_ids, token_to_dict
-from .files import fetch, load_tensors, write_json, write_tensors
+from ..files.pretrained import has_tokenizer
+from ..layout.tables import VocabularyLayout, find_layout, model_name
+from ..modules.splitting import check_ids
+from ..tokens.added import existing_tokens, token_to_dict
+from ..tokens.vocabulary import find_ids, plain_tokenizer
+from .reading import fetch, load_tensors, write_json, write_tensors
 
 __all__ = ["is_peft_adapter", "read_peft", "write_peft"]
 

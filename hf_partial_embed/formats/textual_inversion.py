@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..concepts import concepts_of, vector_tokens
+from ..attachment.partial import TokenRows
 from ..errors import PartialEmbeddingError, shorten
-from ..partial import TokenRows
-from .files import PICKLES, fetch, load_tensors, refuse_pickle, write_tensors
+from ..tokens.concepts import concepts_of, vector_tokens
+from .reading import PICKLES, fetch, load_tensors, refuse_pickle, write_tensors
 
 __all__ = ["read_textual_inversion", "write_textual_inversion"]
 

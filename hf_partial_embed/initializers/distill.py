@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PartialEmbeddingError
-from ..table_statistics import root_mean_square
 from .head import FREQUENCY, CachedHead, CachedStates, new_bias
-from .limits import keep_norms
 from .pieces import subtoken_mean
 from .registry import InitRequest, register
 from .running import Runner, decoder_layers, undisturbed
 from .snippets import PROMPTS, Snippet, snippets_of, texts_for
+from .table_statistics import root_mean_square
 
 __all__ = ["Distill"]
 
@@ -108,7 +107,7 @@ class Distill:
             if request.shared and self.head_weight:
                 cached = CachedStates(request.model, snippets, self.batch_size, self.frequency)
             rows = self._fit(request, runner, layer, snippets, targets, start, cached)
-        return keep_norms(rows, request)
+        return request.keep_norms(rows)
 
     def _layer(self, request: InitRequest) -> nn.Module:
         layers = decoder_layers(request.model)

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from ..errors import PartialEmbeddingError, count, shorten
-from ..table_statistics import trained_mask
-from ..vocabulary import encode_all
-from .limits import keep_norms
+from ..tokens.vocabulary import encode_all, texts_by_id
 from .pieces import subtoken_mean
 from .registry import InitRequest
-from .shared_tokens import texts_by_id
+from .table_statistics import trained_mask
 
 __all__ = ["Donor"]
 
@@ -72,7 +70,7 @@ class Donor:
         weights = torch.as_tensor(coefficients).reshape(len(own_ids), -1).T / norms
         old = request.table[torch.tensor(own_ids, device=request.table.device)].double()
         rows = (weights.to(old.device) @ old).float()
-        return keep_norms(rows, request)
+        return request.keep_norms(rows)
 
     def _table(self, role: str) -> Tensor:
         head = self.model.get_output_embeddings() if role == "output" else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PartialEmbeddingError, shorten
-from ..vocabulary import encode_all
+from ..tokens.vocabulary import encode_all
 from .registry import InitRequest, register
 from .table import mean
 

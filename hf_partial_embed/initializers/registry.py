@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PartialEmbeddingError, count, shorten
-from ..table_statistics import trained_mask
+from .table_statistics import norm_range, trained_mask
 
 __all__ = ["INITIALIZERS", "InitRequest", "Initializer", "initial_rows", "register", "resolve"]
 
@@ -58,6 +58,19 @@ class InitRequest:
             for which in ("input", "output")
         ]
         return self.role == "input" and tables[0] is not None and tables[0] is tables[1]
+
+    def keep_norms(self, rows: Tensor) -> Tensor:
+        """Shorten rows of a tied table that are longer than its longest trained row.
+
+        A row of a tied table is an output row, too: its norm is how loudly the token is proposed everywhere,
+        and one that is louder than any old token's takes probability where the token does not belong.
+        """
+        if not self.shared:
+            return rows
+        _, longest = norm_range(self.table, self.trained_rows)
+        norms = rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+        shorter: Tensor = rows * (longest / norms).clamp(max=1)
+        return shorter
 
 
 Initializer = Callable[[InitRequest], Tensor]

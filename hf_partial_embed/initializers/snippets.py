@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import PartialEmbeddingError, shorten
-from ..vocabulary import encode_all
+from ..tokens.vocabulary import encode_all
 from .registry import InitRequest
 from .running import undisturbed
 

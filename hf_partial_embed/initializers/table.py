@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import PartialEmbeddingError
-from ..table_statistics import mean_and_covariance
-from .limits import keep_norms
 from .registry import InitRequest, register
+from .table_statistics import mean_and_covariance
 
 __all__ = ["MultivariateNormal", "mean"]
 
@@ -60,7 +59,7 @@ class MultivariateNormal:
         draws = torch.randn(len(request.tokens), len(factor), generator=request.generator, dtype=torch.float64)
         noise = draws.to(factor.device) @ factor.T
         rows = average + self.scale * noise.reshape(-1, *average.shape)
-        return keep_norms(rows, request).float()
+        return request.keep_norms(rows).float()
 
 
 register("multivariate_normal")(MultivariateNormal())

@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import PartialEmbeddingError, count, shorten
-from .limits import keep_norms
+from ..tokens.vocabulary import texts_by_id
 from .pieces import subtoken_mean
 from .registry import InitRequest
-from .shared_tokens import texts_by_id
 
 __all__ = ["Vectors", "entmax15", "sparsemax"]
 
@@ -115,7 +114,7 @@ class Vectors:
         old = request.table[torch.tensor(ids, device=device)].double()
         made = self._map(known.to(device), old.reshape(len(ids), -1), x)
         rows[list(found)] = made.reshape(-1, *rows.shape[1:]).float()
-        return keep_norms(rows, request)
+        return request.keep_norms(rows)
 
     def _find(self, token: str) -> Tensor | None:
         word = token.strip()

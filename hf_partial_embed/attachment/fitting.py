@@ -1,0 +1,90 @@
+"""Fitting saved rows to the tables of a model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from torch import Tensor
+
+from ..errors import PartialEmbeddingError
+from ..initializers.initial_values import initial_values
+from ..layout.tables import Table, VocabularyLayout, model_name, row_keys
+
+__all__ = ["fit_rows"]
+
+logger = logging.getLogger(__name__)
+
+_TABLE_NAMES = {
+    "input": "input embeddings", "output": "output embeddings", "bias": "biases", "extra": "further tables"
+}  # fmt: skip
+
+
+def fit_rows(
+    values: Mapping[str, Tensor],
+    model: Any,
+    tokenizer: Any,
+    layout: VocabularyLayout,
+    tokens: list[AddedToken],
+    *,
+    base_model: str | None,
+    tied: bool,
+) -> dict[str, Tensor]:
+    """Saved rows for each table of a model; what they lack is initialised from the pieces.
+
+    Args:
+        values: the rows by the name that they have in a row file.
+        model, tokenizer, layout: where they are to be.
+        tokens: theirs; none where rows were chosen by id.
+        base_model, tied: what the row file says of the model that they were trained on.
+
+    Raises:
+        `PartialEmbeddingError`: rows of another width; rows for a head where the model's is tied.
+    """
+    here, there = type(model).__name__, base_model or "another model"
+    name = model_name(model)
+    if base_model and name and Path(name).name != Path(base_model).name:
+        logger.warning(
+            "These rows were trained on %r and are attached to %r: they may mean nothing there.",
+            base_model,
+            name,
+        )
+    if layout.tied and "output_rows" in values:
+        raise PartialEmbeddingError(
+            f"Cannot attach rows with an output row of their own to {here}: its head is tied to the input "
+            f"embeddings. The rows were trained on {there!r}; load that base model."
+        )
+    rows: dict[str, Tensor] = {}
+    missing: list[Table] = []
+    for key, table in row_keys(layout).items():
+        given = values.get(key)
+        if given is None and table.role == "output" and tied:
+            given = values["input_rows"]  # they were the head's rows as well
+        if given is None:
+            missing.append(table)
+            continue
+        width = tuple(table.tensor.movedim(table.dim, 0).shape[1:])
+        if tuple(given.shape[1:]) != width:
+            raise PartialEmbeddingError(
+                f"Cannot attach {len(given)} rows of width {'×'.join(map(str, given.shape[1:]))} to {here}: its "
+                f"{_TABLE_NAMES[table.role]} are {'×'.join(map(str, width))} wide. The rows were trained on "
+                f"{there!r}; load that base model."
+            )
+        rows[table.name] = given
+    unused = sorted(values.keys() - row_keys(layout).keys())
+    if unused:
+        logger.warning("%s has no tables for these rows, which are left out: %s.", here, unused)
+    lookups = [table for table in layout.tables if table.role == "lookup"]
+    if missing and tokens:
+        logger.warning(
+            "The rows have no values for %s of %s; they start at the mean of their pieces.",
+            [table.name for table in missing],
+            here,
+        )
+    if (missing or lookups) and tokens:
+        some = VocabularyLayout([*missing, *lookups])
+        rows.update(initial_values(model, tokenizer, some, tokens, None, "subtoken_mean", 0))
+    return rows

@@ -1,0 +1,74 @@
+"""Making the tables of a model longer, in place, and taking that back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layout.tables import Table, VocabularyLayout
+from ..modules.rows import note_size
+
+__all__ = ["Growth"]
+
+
+class Growth:
+    """Tables that were grown in place, and how to take it back.
+
+    A parameter stays the same object, so whatever is tied to it grows with it, and an old row keeps
+    every bit. New rows are zero, and rows behind the vocabulary are behind it again. Each table is copied
+    once. A step of an attachment, see `steps`.
+
+    Args:
+        layout: says which tables grow, and to what size.
+    """
+
+    lasts = True
+
+    def __init__(self, layout: VocabularyLayout) -> None:
+        self._layout = layout
+        self._tables: list[tuple[Table, Tensor | None, Tensor]] = []
+        self._counts: list[tuple[Any, str, int]] = []
+
+    def do(self) -> None:
+        """Grow the tables of the layout, and what counts their rows."""
+        growing = [table for table in self._layout.tables if table.grown_size > table.size]
+        for table in growing:
+            tail = table.tensor.detach().narrow(table.dim, table.size - table.tail, table.tail).clone()
+            self._tables.append((table, table.tensor.grad, tail))
+            self._resize(table, tail)
+        for owner, attribute, value in self._layout.counts if growing else []:
+            self._counts.append((owner, attribute, getattr(owner, attribute)))
+            setattr(owner, attribute, value)
+
+    @staticmethod
+    def _resize(table: Table, tail: Tensor) -> None:
+        tensor, dim, old, new = table.tensor, table.dim, table.size, table.grown_size
+        shape = list(tensor.shape)
+        shape[dim] = new
+        grown = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+        grown.narrow(dim, 0, old).copy_(tensor.detach())
+        grown.narrow(dim, old, new - old).zero_()
+        # They stay where they were, too: some may belong to tokens, which are known by their ids.
+        grown.narrow(dim, new - table.tail, table.tail).copy_(tail)
+        tensor.grad = None
+        tensor.data = grown
+        for module, attribute in table.holders:
+            note_size(module, attribute)
+
+    def undo(self) -> None:
+        """Give the tables their old size and bits, and the counts their old values, as far as they were grown."""
+        for owner, attribute, value in reversed(self._counts):
+            setattr(owner, attribute, value)
+        for table, gradient, tail in reversed(self._tables):
+            tensor, dim = table.tensor, table.dim
+            if tensor.shape[dim] != table.size:
+                old = tensor.detach().narrow(dim, 0, table.size).clone()
+                old.narrow(dim, table.size - table.tail, table.tail).copy_(tail)
+                tensor.grad = None
+                tensor.data = old
+            for module, attribute in table.holders:
+                note_size(module, attribute)
+            tensor.grad = gradient
+        self._counts, self._tables = [], []

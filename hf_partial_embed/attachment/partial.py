@@ -1,0 +1,508 @@
+"""The two faces of a set of token rows: live on a model (`PartialEmbedding`), and by itself (`TokenRows`).
+
+One file, since each makes the other: `partial.token_rows()` and `rows.attach(model)`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from torch import Tensor, nn
+
+from ..errors import PartialEmbeddingError, count, shorten
+from ..files.hub import locate_rows, merged_card, rows_card, upload, write_card
+from ..files.rows_file import ROWS_FILE, read_rows, write_rows
+from ..layout.tables import Table, VocabularyLayout, find_layout, model_name, row_keys
+from ..modules.splitting import check_ids
+from ..tokens.added import check_new, normalize_tokens, token_from_dict, token_to_dict
+from ..tokens.vocabulary import display_names, known_id, plain_tokenizer
+from .additions import change_without_additions
+from .attachment import Attachment
+from .fitting import fit_rows
+from .options import ROW_DTYPES, check_options
+
+__all__ = ["PartialEmbedding", "TokenRows", "attach_rows"]
+
+logger = logging.getLogger(__name__)
+
+
+class PartialEmbedding:
+    """Token rows on a model: what `add_tokens`, `train_tokens` and `load_tokens` return.
+
+    Attributes:
+        model: what the rows are attached to.
+        tokenizer: its tokenizer, `None` where rows were chosen by id.
+    """
+
+    def __init__(self, attachment: Attachment) -> None:
+        self._attachment = attachment
+
+    @property
+    def model(self) -> Any:
+        return self._attachment.model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._attachment.tokenizer
+
+    @property
+    def tokens(self) -> list[str]:
+        """Texts of the tokens; empty where rows were chosen by id without a tokenizer."""
+        return [token.content for token in self._attachment.tokens]
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Ids, in the order of `tokens`."""
+        return list(self._attachment.ids)
+
+    @property
+    def strategy(self) -> str:
+        return self._attachment.strategy
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What trains: the rows of each table; under `"mask"` the whole tables."""
+        self._require_attached("parameters")
+        for table in self._attachment.trained:
+            yield self._attachment.parameter(table)
+
+    def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer. Decay would pull new rows towards zero, so there is none."""
+        return [{"params": list(self.parameters()), "lr": lr, "weight_decay": weight_decay}]
+
+    def requires_grad_(self, requires_grad: bool = True) -> PartialEmbedding:
+        """Let the rows train or not; needed after something else froze the whole model (PEFT does)."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(requires_grad)
+        return self
+
+    def protect(self, optimizer: Any) -> None:
+        """Keep frozen rows still under `"mask"` in a training loop of one's own; see `MaskHandle.protect`.
+
+        Call it once, before the first step. Under `"split"` it does nothing, since nothing is needed.
+        """
+        self._require_attached("protect")
+        self._attachment.protect(optimizer)
+
+    def verify(self) -> None:
+        """Check that no frozen row has changed by one bit since the rows were attached.
+
+        In a sharded run every process calls it, and comes to the same result; a digest of each row is exchanged.
+
+        Raises:
+            `FrozenRowsChangedError`: names the ids of those that have.
+        """
+        self._require_attached("verify")
+        self._attachment.verify()
+
+    def rows_and_tables(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """What trains, each with the whole table that it belongs to."""
+        self._require_attached("rows_and_tables")
+        for table in self._attachment.trained:
+            yield self._attachment.parameter(table), table.tensor
+
+    def trained_tables(self) -> dict[str, Table]:
+        """The tables of which rows train, by the name that their rows have in a row file."""
+        self._require_attached("trained_tables")
+        layout = self._attachment.layout
+        keys = row_keys(layout) if layout else {}
+        return {key: table for key, table in keys.items() if table in self._attachment.trained}
+
+    def parameter_of(self, table: Table) -> nn.Parameter:
+        """What trains for one of them: its rows; under `"mask"` the whole of it."""
+        return self._attachment.parameter(table)
+
+    def set_rows(self, table: Table, values: Tensor) -> None:
+        """Set the trainable rows of one of them, `[K, ...]`; on every process of a sharded run."""
+        self._require_attached("set_rows")
+        self._attachment.set_rows(table, values)
+
+    def token_rows(self) -> TokenRows:
+        """The rows as they are now: detached copies on the CPU, whole ones.
+
+        In a sharded run every process calls it.
+        """
+        attachment = self._attachment
+        if attachment.attached:
+            self._require_attached("read the rows")
+        assert attachment.layout is not None
+        keys = row_keys(attachment.layout)
+        return TokenRows.from_tensors(
+            {key: attachment.current_rows(table) for key, table in keys.items()},
+            added_tokens=[token_to_dict(token) for token in attachment.tokens],
+            token_ids=self.token_ids,
+            base_model=model_name(self.model),
+            tied=attachment.layout.tied,
+        )
+
+    @torch.no_grad()
+    def adopt(self, rows: TokenRows, *, if_equal_rounded: bool = False) -> bool:
+        """Set the rows to the values of others of the same tokens.
+
+        Args:
+            rows: the values.
+            if_equal_rounded: only if they round to the present ones in the table's dtype.
+
+        Returns:
+            `bool`: whether the values were set.
+        """
+        attachment = self._attachment
+        self._require_attached("adopt")
+        assert attachment.layout is not None
+        values = rows.tensors()
+        pairs = []
+        for key, table in row_keys(attachment.layout).items():
+            if table in attachment.trained:
+                if key not in values or rows.tokens != self.tokens:
+                    return False
+                pairs.append((table, values[key], attachment.current_rows(table)))
+        if self.strategy == "mask":
+            return False
+        for table, value, now in pairs:
+            dtype = table.tensor.dtype
+            if value.shape != now.shape or (if_equal_rounded and not torch.equal(value.to(dtype), now.to(dtype))):
+                return False
+        for table, value, _ in pairs:
+            attachment.set_rows(table, value)
+        return True
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Save the rows: see `TokenRows.save_pretrained`.
+
+        In a sharded run every process calls it: to the same place, each puts the same file there, whole.
+        """
+        self.token_rows().save_pretrained(path)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        merged: bool = False,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Publish the rows, or with `merged=True` the whole model and tokenizer, with a model card.
+
+        Args:
+            repo_id: repository on the Hub, made where it does not exist.
+            merged: whether to publish an ordinary checkpoint instead of the rows.
+            private, token, revision, commit_message, create_pr: as `huggingface_hub` has them.
+
+        Returns:
+            `str`: the URL of the commit or the pull request.
+        """
+        options: dict[str, Any] = {
+            "private": private, "token": token, "revision": revision, "create_pr": create_pr
+        }  # fmt: skip
+        if not merged:
+            return self.token_rows().push_to_hub(repo_id, commit_message=commit_message, **options)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            self.model.save_pretrained(folder)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
+            card = merged_card(
+                display_names(self.tokens, self.token_ids),
+                base_model=model_name(self.model),
+                repo_id=repo_id,
+                model_class=(self.model.config.architectures or [type(self.model).__name__])[0],
+            )
+            write_card(folder, card)
+            message = commit_message or f"Upload model with {count(self.token_ids, 'trained token row')}"
+            return upload(folder, repo_id, commit_message=message, **options)
+
+    def merge(self) -> Any:
+        """Leave the rows in plain `nn.Embedding` and `nn.Linear` modules, and take off all else.
+
+        Returns:
+            The model, an ordinary one. The tokenizer keeps the tokens.
+        """
+        self._require_attached("merge")
+        self._require_whole("merge")
+        change_without_additions(self.model, self._attachment.merge)
+        return self.model
+
+    def detach(self) -> TokenRows:
+        """Take the rows off: model and tokenizer are as they were before, bit for bit.
+
+        Row sets that were attached later stay, with ids given afresh.
+
+        Returns:
+            The rows.
+        """
+        self._require_attached("detach")
+        self._require_whole("detach")
+        rows = self.token_rows()
+        change_without_additions(self.model, self._attachment.detach)
+        return rows
+
+    def _require_attached(self, action: str) -> None:
+        if not self._attachment.attached:
+            raise PartialEmbeddingError(
+                f"Cannot {action}: these rows are not on a model any more (merged or detached). Attach them again "
+                "with TokenRows.attach."
+            )
+        if self._attachment.offloaded:
+            raise PartialEmbeddingError(
+                f"Cannot {action}: accelerate has offloaded the rows, which are on the meta device until they are "
+                "used. An offloaded model can only be run. Train, save and merge rows before cpu_offload, "
+                "disk_offload or dispatch_model."
+            )
+
+    def _require_whole(self, action: str) -> None:
+        if self._attachment.sharded:
+            raise PartialEmbeddingError(
+                f"Cannot {action}: the model is sharded, and each process holds a part of the rows. What "
+                "model.save_pretrained writes is the merged checkpoint already: load that, or take the rows with "
+                "token_rows()."
+            )
+
+    def __repr__(self) -> str:
+        state = "" if self._attachment.attached else ", not attached"
+        names = self.tokens or self.token_ids
+        return (
+            f"PartialEmbedding({count(names, 'token')}: {shorten(names, 4)}; {self.strategy}, "
+            f"{type(self.model).__name__}{state})"
+        )
+
+
+@dataclass
+class TokenRows:
+    """Rows of tokens by themselves, on the CPU: what is saved, published, and attached elsewhere.
+
+    Attributes:
+        tokens: texts of the `K` tokens; empty where rows were chosen by id without a tokenizer.
+        input_rows (`torch.Tensor` of shape `(K, d)`): rows of the input embeddings.
+        output_rows (`torch.Tensor` of shape `(K, d)`, *optional*): rows of the head; `None` where it is
+            tied to the input embeddings, or where there is none.
+        output_bias (`torch.Tensor` of shape `(K,)`, *optional*): entries of the head's bias.
+        extra_rows: rows of further tables over the vocabulary, by parameter name.
+        token_ids: ids that the rows had; used only where there are no tokens.
+        added_tokens: text and flags of each token.
+        base_model: name of the model that the rows were trained on.
+        tied: whether that model's head was tied.
+    """
+
+    tokens: list[str]
+    input_rows: Tensor
+    output_rows: Tensor | None = None
+    output_bias: Tensor | None = None
+    extra_rows: dict[str, Tensor] = field(default_factory=dict)
+    token_ids: list[int] = field(default_factory=list)
+    added_tokens: list[dict[str, Any]] = field(default_factory=list)
+    base_model: str | None = None
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tokens and not self.added_tokens:
+            self.added_tokens = [token_to_dict(token) for token in normalize_tokens(self.tokens, special=False)]
+        if not self.token_ids:
+            self.token_ids = list(range(len(self.input_rows)))
+        self._check()
+
+    def _check(self) -> None:
+        size = len(self.token_ids)
+        if self.tokens and len(self.tokens) != size:
+            raise PartialEmbeddingError(f"There are {len(self.tokens)} tokens, but {count(self.token_ids, 'id')}.")
+        if len(set(self.token_ids)) != size:
+            raise PartialEmbeddingError(f"Ids are given more than once: {shorten(self.token_ids)}.")
+        for name, rows in self.tensors().items():
+            if rows.dtype not in ROW_DTYPES:
+                allowed = ", ".join(str(dtype) for dtype in ROW_DTYPES)
+                raise PartialEmbeddingError(f"{name} is {rows.dtype}; rows are one of {allowed}.")
+            if len(rows) != size:
+                raise PartialEmbeddingError(
+                    f"{name} has {len(rows)} rows, but there are {count(self.token_ids, 'token')}: "
+                    f"{shorten(self.tokens or self.token_ids)}."
+                )
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], *, added_tokens: list[dict[str, Any]], **metadata: Any
+    ) -> TokenRows:
+        """The inverse of `tensors`, with the metadata of a row file."""
+        known = ("input_rows", "output_rows", "output_bias")
+        return cls(
+            tokens=[token["content"] for token in added_tokens],
+            extra_rows={name.removeprefix("extra."): rows for name, rows in tensors.items() if name not in known},
+            added_tokens=added_tokens,
+            **{name: tensors[name] for name in known if name in tensors},  # type: ignore[arg-type]
+            **metadata,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All rows, by the name that they have in a row file."""
+        tensors = {"input_rows": self.input_rows}
+        if self.output_rows is not None:
+            tensors["output_rows"] = self.output_rows
+        if self.output_bias is not None:
+            tensors["output_bias"] = self.output_bias
+        return {**tensors, **{f"extra.{name}": rows for name, rows in self.extra_rows.items()}}
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Save the rows as one safetensors file, and a model card, in the folder `path`.
+
+        The file is written beside its place, brought to the disk and renamed: whatever happens on the
+        way, the old file or the new one is there, whole. A `README.md` of somebody else's is left alone.
+        """
+        self._save(Path(path), repo_id=str(path))
+
+    def save_file(self, path: str | os.PathLike[str]) -> None:
+        """Save the rows as the file `path`, without a model card.
+
+        Raises:
+            `PartialEmbeddingError`: infinite or NaN values; the file is as it was.
+        """
+        for name, rows in self.tensors().items():
+            finite = torch.isfinite(rows).reshape(len(self), -1).all(1)
+            if not finite.all():
+                bad = [(self.tokens or self.token_ids)[row] for row in (~finite).nonzero().flatten().tolist()]
+                raise PartialEmbeddingError(
+                    f"{name} has infinite or NaN values for {shorten(bad)}: the training has diverged, or the values "
+                    "do not fit the dtype. Lower the learning rate."
+                )
+        metadata = {
+            "tokens": self.added_tokens,
+            "token_ids": self.token_ids,
+            "base_model": self.base_model,
+            "tied": self.tied,
+        }
+        write_rows(path, self.tensors(), metadata)
+
+    def _save(self, folder: Path, repo_id: str) -> None:
+        if folder.is_file():
+            raise PartialEmbeddingError(f"Cannot save to {folder}: it is a file. Give the path of a folder.")
+        self.save_file(folder / ROWS_FILE)
+        card = rows_card(
+            display_names(self.tokens, self.token_ids),
+            {name: tuple(rows.shape) for name, rows in self.tensors().items()},
+            base_model=self.base_model,
+            repo_id=repo_id,
+            file_bytes=(folder / ROWS_FILE).stat().st_size,
+        )
+        write_card(folder, card)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> TokenRows:
+        """Load rows from a row file, a folder that has one, or a Hub repository.
+
+        Nothing is unpickled and no code is run.
+
+        Raises:
+            `PartialEmbeddingError`: there is no row file, or it is damaged or of a newer version.
+        """
+        tensors, metadata = read_rows(locate_rows(source, revision=revision, token=token))
+        return cls.from_tensors(
+            tensors,
+            added_tokens=metadata["tokens"],
+            token_ids=metadata["token_ids"],
+            base_model=metadata["base_model"],
+            tied=metadata["tied"],
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Publish the row file and a model card; returns the URL of the commit or pull request."""
+        with tempfile.TemporaryDirectory() as name:
+            self._save(Path(name), repo_id)
+            return upload(
+                Path(name),
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                commit_message=commit_message or f"Upload {count(self.token_ids, 'token row')}",
+                create_pr=create_pr,
+            )
+
+    def attach(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        strategy: str = "split",
+        output: str | bool = "auto",
+        dtype: torch.dtype | None = None,
+        trainable: bool = True,
+    ) -> PartialEmbedding:
+        """Put the rows on a model.
+
+        Tokens are matched by their text: those that the tokenizer knows get these rows, the others are
+        added. Rows without texts are matched by id.
+
+        Args:
+            model, tokenizer, strategy, output, dtype: as in `add_tokens`.
+            trainable: whether the rows go on training.
+
+        Raises:
+            `PartialEmbeddingError`: the model's embeddings have another width, or tables that the rows
+                do not fit. Nothing has changed.
+        """
+        tokenizer = plain_tokenizer(tokenizer, needed=bool(self.tokens))
+        added = [token_from_dict(token) for token in self.added_tokens]
+        if added:
+            added = normalize_tokens(added, special=False)
+        known = {token.content: known_id(tokenizer, token.content) for token in added}
+        new = [token for token in added if known[token.content] is None]
+        if new:
+            check_new(tokenizer, new)
+        layout = find_layout(model, len(tokenizer) + len(new) if new else None)
+        check_options(layout, strategy, output, dtype)
+        rows = fit_rows(self.tensors(), model, tokenizer, layout, added, base_model=self.base_model, tied=self.tied)
+        ids = None
+        if not self.tokens:
+            ids = check_ids(self.token_ids, min(table.size for table in layout.tables))
+        return attach_rows(
+            model, tokenizer, layout, tokens=added, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype,
+            trainable=trainable,
+        )  # fmt: skip
+
+
+def attach_rows(
+    model: Any,
+    tokenizer: Any,
+    layout: VocabularyLayout,
+    *,
+    tokens: Sequence[AddedToken],
+    rows: dict[str, Tensor],
+    strategy: str,
+    output: str | bool,
+    dtype: torch.dtype | None,
+    ids: Sequence[int] | None = None,
+    trainable: bool = True,
+) -> PartialEmbedding:
+    """Put a set of rows on a model; see `Attachment`."""
+    attachment = Attachment(
+        model, tokenizer, tokens=tokens, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype,
+        trainable=trainable,
+    )  # fmt: skip
+    partial = PartialEmbedding(attachment)
+    attachment.apply(layout)
+    return partial

@@ -1,0 +1,97 @@
+"""Commands that write a model with rows in it: `add`, `merge`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..errors import count, shorten
+from .output import (
+    OK,
+    AddCommand,
+    add_out,
+    add_reading,
+    check_out,
+    fresh_folder,
+    print_json,
+    read_rows,
+    read_tokens,
+    say,
+)
+
+__all__ = ["add_add", "add_merge"]
+
+
+def add_add(command: AddCommand) -> None:
+    """The arguments of `add`."""
+    made = command(
+        "add", _add, "add tokens to a model, ready to be trained",
+        "Add tokens to a model and its tokenizer, start their rows from what they were made of before, and save\n"
+        "both as an ordinary checkpoint. All old rows keep every bit.",
+        "  printf '<think>\\n</think>\\n' > tokens.txt\n"
+        "  hf-partial-embed add HuggingFaceTB/SmolLM2-135M tokens.txt prepared --special",
+    )  # fmt: skip
+    made.add_argument("model", metavar="MODEL", help="folder or Hub repository of the model")
+    made.add_argument(
+        "tokens", metavar="TOKENS",
+        help="text file with a token a line; or a .json file: a list, or an object from token to description",
+    )  # fmt: skip
+    add_out(made)
+    made.add_argument("--special", action="store_true", help="add them as special tokens, which decoding can skip")
+    made.add_argument("--init", default="subtoken_mean", metavar="NAME", help="initialiser (default: %(default)s)")
+    made.add_argument("--seed", type=int, default=0, metavar="N", help="for initialisers that draw (default: 0)")
+
+
+def add_merge(command: AddCommand) -> None:
+    """The arguments of `merge`."""
+    made = command(
+        "merge", _merge, "write rows into a model",
+        "Put rows on their base model and save the result as an ordinary checkpoint, which transformers, vLLM,\n"
+        "llama.cpp's converter and others load without this package.",
+        "  hf-partial-embed merge HuggingFaceTB/SmolLM2-135M my-tokens merged\n"
+        "  hf-partial-embed verify HuggingFaceTB/SmolLM2-135M merged",
+    )  # fmt: skip
+    made.add_argument("base", metavar="BASE", help="folder or Hub repository of the model that the rows belong to")
+    made.add_argument("source", metavar="ROWS", help="row file, folder or Hub repository")
+    add_out(made)
+    add_reading(made)
+
+
+def _add(options: argparse.Namespace) -> int:
+    tokens = read_tokens(Path(options.tokens))
+    check_out(options)
+    from ..api import add_tokens
+    from ..files.pretrained import load_model, load_tokenizer
+
+    model, tokenizer = load_model(options.model), load_tokenizer(options.model)
+    partial = add_tokens(model, tokenizer, tokens, init=options.init, special=options.special, seed=options.seed)
+    partial.merge()
+    with fresh_folder(options) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    if options.json:
+        return print_json(out=options.out, tokens=dict(zip(partial.tokens, partial.token_ids, strict=True)))
+    say(f"added {count(partial.token_ids, 'token')} with the ids {shorten(partial.token_ids)}; saved {options.out}")
+    return OK
+
+
+def _merge(options: argparse.Namespace) -> int:
+    check_out(options)
+    rows = read_rows(options)
+    from ..files.pretrained import has_tokenizer, load_model, load_tokenizer
+    from ..tokens.vocabulary import display_names
+
+    model = load_model(options.base)
+    # Rows by id need no tokenizer, but what is written should not lack it.
+    tokenizer = load_tokenizer(options.base) if rows.tokens or has_tokenizer(options.base) else None
+    partial = rows.attach(model, tokenizer if rows.tokens else None, trainable=False)
+    partial.merge()
+    with fresh_folder(options) as folder:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    if options.json:
+        names = display_names(partial.tokens, partial.token_ids)
+        return print_json(out=options.out, tokens=dict(zip(names, partial.token_ids, strict=True)))
+    say(f"merged {count(partial.token_ids, 'row')} at the ids {shorten(partial.token_ids)}; saved {options.out}")
+    return OK

@@ -1,0 +1,3 @@
+"""What is stored and published: row files, checkpoints, the Hub."""
+
+from __future__ import annotations

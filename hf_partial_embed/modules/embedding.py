@@ -1,0 +1,152 @@
+"""`SplitEmbedding`: an embedding of which some rows train and all others stay frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import PartialEmbeddingError
+from .rows import PartialModule, TableProperty
+from .splitting import check_ids, fast_class, present_rows, share_state, split_class, split_module
+
+__all__ = ["SplitEmbedding"]
+
+
+@fast_class(nn.Embedding)
+class SplitEmbedding(PartialModule, nn.Embedding):
+    """An `nn.Embedding` of which the rows `trainable_ids` train and all others are frozen.
+
+    Args:
+        embedding (`nn.Embedding`): the module to take over. Its weight is shared, not copied, and is
+            frozen (`requires_grad=False`). A subclass keeps its own forward.
+        trainable_ids (ids, in any order): the rows that train. They start at their present values.
+        dtype (`torch.dtype`, *optional*): dtype of the trainable rows; the table's if not given.
+        base_size (`int`, *optional*): number of rows that the table had before it grew, for a head that
+            is tied to it; all of them if not given.
+
+    Raises:
+        `PartialEmbeddingError`: ids out of range or repeated; `max_norm`, `sparse` or
+            `scale_grad_by_freq` is set (the first rewrites frozen rows at every lookup, the other two
+            serve gradients of whole tables, which there are none of here).
+
+    Example:
+    ```python
+    embedding = SplitEmbedding(nn.Embedding(1000, 64), trainable_ids=[3, 17, 999])
+    embedding.new_rows.weight.shape  # torch.Size([3, 64]), the only trainable parameter
+    ```
+    """
+
+    weight: Any = TableProperty("weight")
+    _table_names = frozenset({"weight"})
+    _unsplit_class = nn.Embedding
+
+    def __new__(cls, embedding: nn.Embedding | None = None, *args: Any, **kwargs: Any) -> SplitEmbedding:
+        made: SplitEmbedding = super().__new__(
+            split_class(type(embedding), {"weight"}) if isinstance(embedding, nn.Embedding) else cls
+        )
+        return made
+
+    def __init__(
+        self,
+        embedding: nn.Embedding,
+        *,
+        trainable_ids: Iterable[int],
+        dtype: torch.dtype | None = None,
+        base_size: int | None = None,
+    ) -> None:
+        ids = check_ids(trainable_ids, embedding.num_embeddings)
+        share_state(embedding, self)
+        rows = {"weight": present_rows(embedding.weight, ids, dtype)}
+        split_module(self, rows, ids, base_size=base_size)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        vectors: Tensor,
+        num_new: int,
+        *,
+        padding_idx: int | None = None,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> SplitEmbedding:
+        """Pretrained vectors that stay frozen, followed by `num_new` rows that train.
+
+        Stands where `nn.Embedding.from_pretrained(vectors)` would: ids below `len(vectors)` read the
+        frozen rows, ids from there on the trainable ones. New rows are drawn from a normal distribution
+        with the mean and the standard deviation that the vectors have in each dimension.
+
+        Args:
+            vectors (`torch.Tensor` of shape `(V, dim)`): the pretrained vectors; copied once.
+            num_new (`int`): number of trainable rows, at least 1.
+            padding_idx (`int`, *optional*): as in `nn.Embedding`, in `[-(V + num_new), V + num_new)`.
+            dtype (`torch.dtype`, *optional*): dtype of the trainable rows; the vectors' if not given.
+            seed (`int`): seed of the new rows' values.
+
+        Raises:
+            `PartialEmbeddingError`: `vectors` is not a floating-point matrix, or `num_new` is below 1.
+        """
+        if vectors.dim() != 2 or not vectors.is_floating_point():
+            raise PartialEmbeddingError(
+                f"SplitEmbedding.from_pretrained needs a floating-point matrix of shape (V, dim), but got "
+                f"shape {tuple(vectors.shape)} of {vectors.dtype}."
+            )
+        if isinstance(num_new, bool) or not isinstance(num_new, int) or num_new < 1:
+            raise PartialEmbeddingError(
+                f"num_new={num_new!r} is not a number of rows that can train. Pass an int of at least 1, "
+                "or use nn.Embedding.from_pretrained where nothing is to be learned."
+            )
+        size, width = vectors.shape
+        table = vectors.new_empty(size + num_new, width, requires_grad=False)
+        table[:size] = vectors.detach()
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(num_new, width, generator=generator, dtype=torch.float32).to(table.device)
+        spread = vectors.detach().float().std(0, correction=0) if size else torch.ones(width)
+        mean = vectors.detach().float().mean(0) if size else torch.zeros(width)
+        table[size:] = (mean + spread * noise).to(table.dtype)
+        if padding_idx is not None and padding_idx % (size + num_new) >= size:
+            table[padding_idx] = 0
+        embedding = nn.Embedding(size + num_new, width, padding_idx=padding_idx, _weight=table, _freeze=True)
+        return cls(embedding, trainable_ids=range(size, size + num_new), dtype=dtype, base_size=size)
+
+    @classmethod
+    def check_options(cls, module: Any, names: Iterable[str]) -> None:
+        """Refuse options of `nn.Embedding` that rewrite frozen rows or serve gradients of whole tables."""
+        if "weight" not in names:
+            return
+        reasons = {
+            "max_norm": "it rewrites rows in place at every lookup, frozen ones too",
+            "sparse": "the trainable rows have a small dense gradient of their own",
+            "scale_grad_by_freq": "it counts ids over the whole table",
+        }
+        for option, reason in reasons.items():
+            if getattr(module, option, None):
+                raise PartialEmbeddingError(
+                    f"Cannot split an embedding with {option}={getattr(module, option)!r}: {reason}. "
+                    f"Build it without {option}."
+                )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Look up frozen and trainable rows.
+
+        Args:
+            input (`torch.Tensor` of any shape, int32 or int64): ids; never changed in place.
+
+        Returns:
+            `torch.Tensor` of shape `(*input.shape, dim)`, in the table's dtype.
+
+        Raises:
+            `IndexError`: an id outside of the table, as `nn.Embedding` raises it.
+        """
+        source = self._row_sources["weight"]
+        table: Tensor = self.raw_table("weight")
+        # Detached, so that the rows stay still also after somebody has called model.requires_grad_(True).
+        old = F.embedding(input, table.detach())
+        is_new, row = source.lookup(input)
+        # As in nn.Embedding, the row at padding_idx gets no gradient.
+        padding_row = None if self.padding_idx is None else source.index.row_of.get(self.padding_idx)
+        new = F.embedding(row, source.rows(), padding_row)
+        return torch.where(is_new.unsqueeze(-1), new.to(old.dtype), old)

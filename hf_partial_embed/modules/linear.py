@@ -1,0 +1,238 @@
+"""`SplitLinear`: a head of which some output rows train, and what its logits are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import PartialEmbeddingError
+from .embedding import SplitEmbedding
+from .rows import PartialModule, RowIndex, TableProperty, apply
+from .splitting import check_ids, fast_class, present_rows, share_state, split_class, split_module
+
+__all__ = ["HeadOperands", "SplitLinear", "head_gradient", "head_logits", "row_columns"]
+
+
+class HeadOperands(NamedTuple):
+    """What the logits of a head with trainable rows are computed from, all in one dtype.
+
+    Attributes:
+        weight (`torch.Tensor` of shape `(V, dim)`): the table, detached.
+        bias (`torch.Tensor` of shape `(V,)`, *optional*): detached.
+        rows (`torch.Tensor` of shape `(K, dim)`): the rows that train.
+        bias_rows (`torch.Tensor` of shape `(K,)`, *optional*): their entries of the bias.
+        row_index: which ids they have.
+        ids (`torch.Tensor` of shape `(K,)`, *optional*): the same as a tensor; `None` where appended.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    rows: Tensor
+    bias_rows: Tensor | None
+    row_index: RowIndex
+    ids: Tensor | None
+
+
+def head_logits(x: Tensor, head: HeadOperands, out: Tensor | None = None) -> Tensor:
+    """Logits from a frozen weight and trainable rows, each written once, to its place in the output.
+
+    Args:
+        x (`torch.Tensor` of shape `(N, dim)`): hidden states.
+        head: the head.
+        out (`torch.Tensor` of shape `(N, V)`, *optional*): where to write them.
+    """
+    weight, bias, rows, bias_rows, index, ids = head
+    # The old columns come from a product of the size that it had before the table grew: another size
+    # may be split among kernels and threads in another way, with other last bits.
+    cuts = [0, index.base_size, weight.shape[0]]
+    if index.appended:
+        cuts = [0, index.base_size, index.start, index.stop, weight.shape[0]]
+    pieces = []
+    for start, stop in pairwise(cuts):
+        if index.appended and start == index.start < stop:
+            pieces.append((start, stop, rows, bias_rows))
+        elif start < stop:
+            pieces.append((start, stop, weight[start:stop], None if bias is None else bias[start:stop]))
+    if torch.compiler.is_compiling():  # the compiler takes no strided `out`, and fuses the copy
+        out = torch.cat([_affine(x, part, bias_part) for _, _, part, bias_part in pieces], 1)
+    else:
+        out = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
+        for start, stop, part, bias_part in pieces:
+            _affine(x, part, bias_part, out=out[:, start:stop])
+    return out if ids is None else out.index_copy_(1, ids, _affine(x, rows, bias_rows))
+
+
+def head_gradient(
+    grad: Tensor, grad_new: Tensor, weight: Tensor, rows: Tensor, index: RowIndex, ids: Tensor | None
+) -> Tensor:
+    """The gradient of the hidden states, `(N, dim)`, from that of the logits, `(N, V)`, and its `row_columns`."""
+    if ids is not None:
+        # The product with the whole table counts the table's own values at the trainable ids.
+        difference = weight.index_select(0, ids).neg_().add_(rows)
+        return torch.addmm(grad @ weight, grad_new, difference)
+    grad_x = grad_new @ rows
+    for start, stop in ((0, index.start), (index.stop, weight.shape[0])):
+        if stop > start:
+            grad_x = grad_x.addmm(grad[:, start:stop], weight[start:stop])
+    return grad_x
+
+
+def row_columns(grad: Tensor, index: RowIndex, ids: Tensor | None) -> Tensor:
+    """The columns of the trainable rows, `(N, K)`."""
+    return grad[:, index.start : index.stop] if ids is None else grad.index_select(1, ids)
+
+
+class _LinearPieces(torch.autograd.Function):
+    """`head_logits`, with a gradient for the hidden states and the trainable rows.
+
+    `cat` would write the logits twice, and a product with the whole table would need a `[V, dim]`
+    gradient. The frozen columns come from a product of their own, which keeps them equal to the bit to
+    those of a head without new rows.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, bias_rows: Tensor | None,
+        index: RowIndex, ids: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        head = HeadOperands(weight, bias, rows, bias_rows, index, ids)
+        flat, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], weight.shape[0])
+        if torch.compiler.is_compiling():
+            return head_logits(flat, head).view(shape)
+        out = x.new_empty(shape)  # not a view of a flat one, on which FSDP2 and others warn of changes in place
+        head_logits(flat, head, out=out.view(-1, shape[-1]))
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, rows, bias_rows, index, ids = inputs
+        ctx.save_for_backward(x, weight, rows, ids)
+        ctx.index = index
+        ctx.has_bias_rows = bias_rows is not None
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rows, ids = ctx.saved_tensors
+        grad, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        grad_new = row_columns(grad, ctx.index, ids)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = head_gradient(grad, grad_new, weight, rows, ctx.index, ids).view(x.shape)
+        grad_rows = grad_new.t() @ flat if ctx.needs_input_grad[3] else None
+        grad_bias = grad_new.sum(0) if ctx.has_bias_rows and ctx.needs_input_grad[4] else None
+        return grad_x, None, None, grad_rows, grad_bias, None, None
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+
+
+@fast_class(nn.Linear)
+class SplitLinear(PartialModule, nn.Linear):
+    """An `nn.Linear` of which the output rows `trainable_ids` train and all others are frozen.
+
+    Args:
+        linear (`nn.Linear`): the module to take over, for instance a language model's head. Its weight
+            and bias are shared, not copied, and are frozen.
+        trainable_ids (ids, in any order): the outputs whose rows (and biases) train. They start at
+            their present values. Not given together with `tied_to`.
+        tied_to (`SplitEmbedding`, *optional*): an embedding with the same weight, whose trainable rows
+            are to serve here too.
+        dtype (`torch.dtype`, *optional*): dtype of the trainable rows; the table's if not given.
+        base_size (`int`, *optional*): number of rows that the table had before it grew, whose outputs are
+            to be equal to the bit to those of then; all of them if not given.
+
+    Raises:
+        `PartialEmbeddingError`: ids out of range or repeated; not exactly one of `trainable_ids` and
+            `tied_to`; `tied_to` has another weight.
+    """
+
+    weight: Any = TableProperty("weight")
+    bias: Any = TableProperty("bias")
+    _table_names = frozenset({"weight", "bias"})
+    _unsplit_class = nn.Linear
+
+    def __new__(cls, linear: nn.Linear | None = None, *args: Any, **kwargs: Any) -> SplitLinear:
+        made: SplitLinear = super().__new__(
+            split_class(type(linear), {"weight", "bias"}) if isinstance(linear, nn.Linear) else cls
+        )
+        return made
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        *,
+        trainable_ids: Iterable[int] | None = None,
+        tied_to: SplitEmbedding | None = None,
+        dtype: torch.dtype | None = None,
+        base_size: int | None = None,
+    ) -> None:
+        if (trainable_ids is None) == (tied_to is None):
+            raise PartialEmbeddingError("SplitLinear needs exactly one of trainable_ids and tied_to.")
+        if tied_to is not None and linear.weight is not tied_to._parameters["weight"]:
+            raise PartialEmbeddingError(
+                "SplitLinear(tied_to=...) needs a head that shares its weight with the embedding: set "
+                "`linear.weight = embedding.weight` before the embedding is split."
+            )
+        shared = None if tied_to is None else tied_to._row_sources["weight"]
+        ids = list(shared.index.ids) if shared else check_ids(trainable_ids or (), linear.out_features)
+        share_state(linear, self)
+        names = ["bias"] if shared else ["weight", "bias"]
+        tables = {name: table for name in names if (table := linear._parameters[name]) is not None}
+        split_module(
+            self,
+            {name: present_rows(table, ids, dtype) for name, table in tables.items()},
+            ids,
+            shared={"weight": shared} if shared else {},
+            base_size=base_size,
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply frozen and trainable output rows.
+
+        Args:
+            input (`torch.Tensor` of shape `(..., in_features)`): for instance hidden states.
+
+        Returns:
+            `torch.Tensor` of shape `(..., out_features)`: the outputs of the frozen rows are equal to
+            the bit to those of the module without trainable rows.
+        """
+        head = self.operands(input)
+        if head is None:
+            return F.linear(input, self.raw_table("weight"), self.bias)
+        x = input.to(head.weight.dtype) if torch.is_autocast_enabled(input.device.type) else input
+        return apply(_LinearPieces, x, *head)
+
+    def operands(self, input: Tensor) -> HeadOperands | None:
+        """What the logits of `input` are computed from, in the dtype that autocast asks for, if it is on.
+
+        `None` where only the bias has trainable rows.
+        """
+        source = self._row_sources.get("weight")
+        weight: Tensor = self.raw_table("weight")
+        bias: Tensor | None = self.raw_table("bias")
+        if source is None:
+            return None
+        rows: Tensor = source.rows()
+        bias_rows: Tensor | None = None
+        if bias is not None:
+            bias_source = self._row_sources.get("bias")
+            ids = source.ids(bias.device)
+            bias_rows = bias.index_select(0, ids) if bias_source is None else bias_source.rows()
+        table = weight.detach()
+        if torch.is_autocast_enabled(input.device.type):
+            dtype = torch.get_autocast_dtype(input.device.type)
+            table, bias = table.to(dtype), None if bias is None else bias.to(dtype)
+        return HeadOperands(
+            table,
+            None if bias is None else bias.detach(),
+            rows.to(table.dtype),
+            None if bias_rows is None else bias_rows.to(table.dtype),
+            source.index,
+            None if source.index.appended else source.ids(table.device),
+        )

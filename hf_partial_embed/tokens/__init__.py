@@ -1,0 +1,16 @@
+"""A tokenizer's side of new tokens; knows no model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .concepts import concepts_of, expand_placeholders, vector_tokens
+
+__all__ = ["concepts_of", "expand_placeholders", "vector_tokens"]
+
+__getattr__, __dir__ = lazy_names(
+    __name__, {"concepts_of": "concepts", "expand_placeholders": "concepts", "vector_tokens": "concepts"}
+)

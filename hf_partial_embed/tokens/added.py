@@ -1,0 +1,230 @@
+"""Added tokens, which a tokenizer cuts out of the text before its model runs: checking, adding, taking back."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+from copy import copy
+from itertools import groupby
+from typing import Any
+
+from tokenizers import AddedToken
+
+from ..errors import PartialEmbeddingError
+from .backend import remove_added_tokens
+from .vocabulary import check_unicode, encode_all, known_id, read_all
+
+__all__ = [
+    "TOKEN_FLAGS",
+    "add_to_tokenizer",
+    "check_new",
+    "existing_tokens",
+    "normalize_tokens",
+    "remove_from_tokenizer",
+    "token_from_dict",
+    "token_to_dict",
+]
+
+TOKEN_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
+
+
+def normalize_tokens(tokens: Iterable[str | AddedToken], special: bool) -> list[AddedToken]:
+    """Tokens as `AddedToken`s of our own (the tokenizers change the ones that they are given).
+
+    Raises:
+        `PartialEmbeddingError`: no tokens, tokens of another type, empty ones, ones that are no valid
+            Unicode, or ones given twice (also where only their Unicode normal form differs).
+    """
+    if isinstance(tokens, (str, AddedToken)):
+        raise PartialEmbeddingError(
+            f"tokens must be a list, but got the single token {str(tokens)!r}. Pass [{str(tokens)!r}]."
+        )
+    if not isinstance(tokens, Iterable):
+        raise PartialEmbeddingError(f"tokens must be a list of str or AddedToken, but got {tokens!r}.")
+    made = []
+    for token in tokens:
+        if isinstance(token, str):
+            check_unicode(token)
+            made.append(AddedToken(token, special=special, normalized=not special))
+        elif isinstance(token, AddedToken):
+            made.append(token_from_dict({**token_to_dict(token), "special": token.special or special}))
+        else:
+            raise PartialEmbeddingError(
+                f"A token must be a str or an AddedToken, but got {token!r} ({type(token).__name__})."
+            )
+    if not made:
+        raise PartialEmbeddingError("No tokens were given: name at least one.")
+    _check_tokens(made)
+    return made
+
+
+def _check_tokens(tokens: Sequence[AddedToken]) -> None:
+    """Refuse empty tokens, and ones given twice, be it in two Unicode forms."""
+    if any(not token.content for token in tokens):
+        raise PartialEmbeddingError("A token is the empty string, which no text contains. Leave it out.")
+    seen: dict[str, str] = {}
+    for token in tokens:
+        form = unicodedata.normalize("NFC", token.content)
+        if form in seen:
+            if seen[form] == token.content:
+                raise PartialEmbeddingError(f"Token {token.content!r} is given twice. Give each token once.")
+            raise PartialEmbeddingError(
+                f"Tokens {seen[form]!a} and {token.content!a} are the same text, {form!r}, in two Unicode forms. Give "
+                "one of them."
+            )
+        seen[form] = token.content
+
+
+def token_to_dict(token: AddedToken) -> dict[str, Any]:
+    """The text and the flags of a token, as they are stored in a row file."""
+    return {"content": token.content, **{flag: getattr(token, flag) for flag in TOKEN_FLAGS}}
+
+
+def token_from_dict(values: dict[str, Any]) -> AddedToken:
+    """The inverse of `token_to_dict`."""
+    check_unicode(values["content"])
+    return AddedToken(values["content"], **{flag: bool(values[flag]) for flag in TOKEN_FLAGS})
+
+
+def existing_tokens(tokenizer: Any, ids: Sequence[int]) -> list[AddedToken]:
+    """The tokens that have the ids; none, if there is an id without one (a spare row)."""
+    added = tokenizer.added_tokens_decoder
+    by_id = {token_id: text for text, token_id in tokenizer.get_vocab().items()}
+    texts = [by_id.get(token_id) for token_id in ids]
+    if None in texts:
+        return []
+    return [
+        token_from_dict(token_to_dict(added[i])) if i in added else AddedToken(text)
+        for i, text in zip(ids, texts, strict=True)
+    ]
+
+
+def check_new(tokenizer: Any, tokens: Sequence[AddedToken]) -> None:
+    """Check that no token is in the vocabulary, under its text or what the tokenizer makes of it.
+
+    Raises:
+        `PartialEmbeddingError`: names those that are; or two that the tokenizer makes the same of.
+    """
+    _check_growable(tokenizer)
+    known = []
+    made_of: dict[tuple[tuple[int, ...], str | None], str] = {}
+    added = {unicodedata.normalize("NFC", text): token_id for text, token_id in tokenizer.get_added_vocab().items()}
+    all_pieces = encode_all(tokenizer, [token.content for token in tokens], unknown=True)
+    for token, pieces in zip(tokens, all_pieces, strict=True):
+        text = token.content
+        is_read = bool(pieces) and tokenizer.unk_token_id not in pieces
+        token_id = known_id(tokenizer, text)
+        if token_id is None:
+            token_id = added.get(unicodedata.normalize("NFC", text))
+        if token_id is None and is_read and len(pieces) == 1:
+            token_id = pieces[0]
+        if token_id is not None:
+            spelled = tokenizer.convert_ids_to_tokens(token_id)
+            known.append(f"{text!r} (id {token_id}{'' if spelled == text else f', {spelled!r}'})")
+        elif pieces:
+            # Unknown pieces do not tell what was read, and a token that is not normalised is found in the raw
+            # text: such ones are the same only where nothing but spaces differs.
+            key = (tuple(pieces), None if is_read and token.normalized else text.strip())
+            if made_of.setdefault(key, text) != text:
+                raise PartialEmbeddingError(
+                    f"{type(tokenizer).__name__} reads {made_of[key]!r} and {text!r} as the same text, "
+                    f"{tokenizer.convert_ids_to_tokens(pieces)}: they would be two rows for one thing. Give one of "
+                    "them."
+                )
+    if known:
+        shown = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
+        verb = "is a token" if len(known) == 1 else "are tokens"
+        raise PartialEmbeddingError(
+            f"{shown} {verb} of this tokenizer already. Nothing was added. To train rows that exist, use train_tokens."
+        )
+
+
+def add_to_tokenizer(tokenizer: Any, tokens: Sequence[AddedToken]) -> list[int]:
+    """Add tokens that are not known yet; returns their ids.
+
+    Raises:
+        `PartialEmbeddingError`: the tokenizer takes no tokens, gives a token another one's id, does not
+            find it in its own text (or finds another one there, the same after its normaliser), or would
+            not find an earlier one any more. The tokenizer is as it was.
+    """
+    if not tokens:
+        return []
+    _check_growable(tokenizer)
+    earlier = dict(tokenizer.get_added_vocab())
+    # A table of the whole vocabulary takes longer than all the rest; a backend can be asked for single ids.
+    taken = set(earlier.values()) if tokenizer.is_fast else set(tokenizer.get_vocab().values())
+    read = read_all(tokenizer, earlier)
+    found = {text: token_id for text, token_id in earlier.items() if token_id in read[text]}
+    state = {} if tokenizer.is_fast else {key: copy(getattr(tokenizer, key)) for key in _SLOW_STATE}
+    try:
+        # In runs of one kind, which keeps the order where special and other tokens are mixed.
+        for special, run in groupby(tokens, key=lambda token: bool(token.special)):
+            copies = [token_from_dict(token_to_dict(token)) for token in run]
+            tokenizer.add_tokens(copies, special_tokens=special)
+        ids = {token.content: _new_id(tokenizer, token.content, taken) for token in tokens}
+        _check_found(tokenizer, {**found, **ids}, tokens)
+    except BaseException:
+        came = set(tokenizer.get_added_vocab()) - set(earlier)
+        tokenizer.__dict__.update(state)
+        remove_from_tokenizer(tokenizer, came)
+        raise
+    return list(ids.values())
+
+
+def _new_id(tokenizer: Any, text: str, taken: set[int]) -> int:
+    """The id of a token that has just been added, none of the ids that were there before."""
+    name, token_id = type(tokenizer).__name__, known_id(tokenizer, text)
+    if token_id is None:
+        raise PartialEmbeddingError(
+            f"{name} did not take {text!r} as a token of its own. Give it another text, or pass "
+            f"AddedToken({text!r}, normalized=False)."
+        )
+    if token_id in taken or (tokenizer.is_fast and tokenizer._tokenizer.model.id_to_token(token_id) is not None):
+        ids = set(tokenizer.get_vocab().values())
+        raise PartialEmbeddingError(
+            f"{name} would give the new token {text!r} the id {token_id}, which another token has: its {len(ids)} "
+            f"ids go up to {max(ids)}, with gaps. Give the tokenizer a token for each id first."
+        )
+    return token_id
+
+
+def _check_found(tokenizer: Any, ids: dict[str, int], new: Sequence[AddedToken]) -> None:
+    """Check that the tokenizer finds each token in the token's own text."""
+    texts = {token_id: text for text, token_id in ids.items()}
+    normalized = {token.content: token.normalized for token in new}
+    for text, found in read_all(tokenizer, ids).items():
+        if ids[text] in found:
+            continue
+        pieces = [texts.get(piece) or tokenizer.convert_ids_to_tokens(piece) for piece in found]
+        reads = f"{type(tokenizer).__name__} would read its text as {pieces or 'nothing'}"
+        if text not in normalized:
+            raise PartialEmbeddingError(f"Token {text!r} would be lost: {reads}. Give the new one another text.")
+        remedy = ", or pass AddedToken(..., normalized=False)" if normalized[text] else ""
+        raise PartialEmbeddingError(f"Token {text!r} would never be used: {reads}. Give it another text{remedy}.")
+
+
+# What a tokenizer written in Python knows of added tokens, beside its trie and its size.
+_SLOW_STATE = ("_added_tokens_decoder", "_added_tokens_encoder", "_extra_special_tokens")
+
+
+def _check_growable(tokenizer: Any) -> None:
+    if not getattr(tokenizer, "is_fast", False) and not all(hasattr(tokenizer, key) for key in _SLOW_STATE):
+        raise PartialEmbeddingError(
+            f"{type(tokenizer).__name__} takes no new tokens. Load the tokenizer with AutoTokenizer in another "
+            "backend, or train rows that exist with train_tokens."
+        )
+
+
+def remove_from_tokenizer(tokenizer: Any, texts: Iterable[str]) -> None:
+    """Take back tokens that `add_to_tokenizer` added; the tokenizer is as it was before, bit for bit."""
+    gone = set(texts)
+    if tokenizer.is_fast:
+        remove_added_tokens(tokenizer._tokenizer, gone)
+        return
+    for text in gone & set(tokenizer._added_tokens_encoder):
+        del tokenizer._added_tokens_decoder[tokenizer._added_tokens_encoder.pop(text)]
+    tokenizer._extra_special_tokens = [token for token in tokenizer._extra_special_tokens if str(token) not in gone]
+    # Some classes split at more than the added tokens, so the trie keeps whatever else it has.
+    trie = tokenizer.tokens_trie
+    tokenizer.tokens_trie = type(trie)(sorted(trie._tokens - gone))
+    tokenizer._update_total_vocab_size()

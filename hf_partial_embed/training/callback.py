@@ -1,0 +1,291 @@
+"""The callback for `transformers.Trainer`: own learning rate, protection, verification, row files, resume."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+from ..attachment.additions import Addition
+from ..attachment.partial import PartialEmbedding, TokenRows
+from ..errors import PartialEmbeddingError
+from ..files.rows_file import ROWS_FILE
+from ..modules.mask import unwrap_optimizer
+from .chunked_loss import ChunkedLoss
+from .diagnostics import RowDiagnostics
+from .frozen_prefix import FrozenPrefix
+from .optimizers import (
+    ExactRows,
+    OwnGroup,
+    auto_learning_rate,
+    check_in_optimizer,
+    flattened_groups,
+    take_from_optimizer,
+)
+from .watch import RowWatch
+
+__all__ = ["PartialEmbeddingCallback"]
+
+logger = logging.getLogger(__name__)
+
+
+class PartialEmbeddingCallback(TrainerCallback):
+    """Takes care of token rows while a `Trainer` runs.
+
+    It gives the rows their own learning rate without weight decay, keeps frozen rows still under
+    `strategy="mask"`, writes the row file into each checkpoint, continues with the rows' exact values
+    after a resume or when the best model is loaded, and verifies the frozen rows at the end.
+
+    Args:
+        partial (`PartialEmbedding`): the rows, or a list of several.
+        learning_rate (`float` or `"auto"`, *optional*): of the rows, at the top of the Trainer's schedule;
+            the Trainer's own if not given. `"auto"` is 0.07 times the root mean square of the old input
+            rows, for AdamW and its like.
+        weight_decay (`float`): of the rows. Decay pulls new rows towards zero, so the default is none.
+        verify (`bool`): whether to compare all frozen rows with their digests when training ends.
+        save_rows (`bool`): whether to write the row file beside each checkpoint.
+        diagnostics (`bool`): whether to add norms, counts and leak of the rows to what the Trainer logs,
+            under `rows/...`, and to warn after the first epoch of tokens that the data lacks; see
+            `RowDiagnostics`. For a reporter such as TensorBoard call `log_first(trainer)`, too.
+        chunked_loss (`bool`): whether to compute the loss of training steps in chunks of positions, so that
+            neither all logits nor a gradient of the table's size exist; see `ChunkedLoss`. The same gradients, in
+            less memory. Evaluation has its logits as always.
+        frozen_prefix (`bool`): whether to build no graph for what comes before the first new token of a batch, where
+            all but the rows is frozen; see `FrozenPrefix`. The same gradients, in less time and memory.
+
+    Raises:
+        `PartialEmbeddingError`: a negative rate or decay; a model that cannot have a chunked loss, or that has no
+            split input embeddings for a frozen prefix; when training begins, rows that are not in the optimizer.
+    """
+
+    def __init__(
+        self,
+        partial: PartialEmbedding | Iterable[PartialEmbedding],
+        *,
+        learning_rate: float | Literal["auto"] | None = None,
+        weight_decay: float = 0.0,
+        verify: bool = True,
+        save_rows: bool = True,
+        diagnostics: bool = True,
+        chunked_loss: bool = False,
+        frozen_prefix: bool = False,
+    ) -> None:
+        self.partials = [partial] if isinstance(partial, PartialEmbedding) else list(partial)
+        for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+            automatic = name == "learning_rate" and value == "auto"
+            if not (value is None or automatic) and (isinstance(value, str) or not value >= 0):
+                raise PartialEmbeddingError(f"{name}={value!r} must be a number of at least 0.")
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.verify = verify
+        self.save_rows = save_rows
+        self.diagnostics = [RowDiagnostics(partial) for partial in self.partials] if diagnostics else []
+        self.chunked_loss = chunked_loss
+        self.frozen_prefix = frozen_prefix
+        self._additions = self._make_additions()
+        self._watch: RowWatch | None = None
+        self._hooks: list[Any] = []
+
+    def log_first(self, trainer: Any) -> None:
+        """Let this callback come before the Trainer's reporters, so that they see its values, too.
+
+        The Trainer calls reporters (TensorBoard, W&B, ...) before the callbacks that it was given. Its own
+        `log_history` and what it prints have the values in any case.
+        """
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.sort(key=lambda callback: callback is not self)
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.use_liger_kernel and importlib.util.find_spec("triton") is None:
+            raise PartialEmbeddingError(
+                "use_liger_kernel=True needs Triton, which is not installed here (it runs on GPUs): Liger's fused "
+                "loss cannot be used. Switch it off: TrainingArguments(use_liger_kernel=False)."
+            )
+
+    def _make_additions(self, outer: Sequence[nn.Module] = (), smoothing: bool = False) -> list[Addition]:
+        """What is put on the model while it trains; what it cannot have is refused here."""
+        additions: list[Addition] = []
+        if self.chunked_loss:
+            additions.append(ChunkedLoss(self.partials[0].model, outer=outer, keep_logits=smoothing))
+        if self.frozen_prefix:
+            additions.append(FrozenPrefix(self.partials[0].model))
+        return additions
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer = unwrap_optimizer(kwargs["optimizer"])
+        flattened = flattened_groups(kwargs["optimizer"])
+        for number, partial in enumerate(self.partials):
+            check_in_optimizer(partial, optimizer, flattened)
+            partial.protect(optimizer)
+            stored = take_from_optimizer(partial, optimizer)
+            if state.global_step and self.verify:
+                partial.verify()  # the checkpoint of another base is found now, not after the training
+            if state.global_step and not stored and flattened is None:  # DeepSpeed brings back what it trains
+                folders = [args.resume_from_checkpoint, _checkpoint(args, state)]
+                _restore_from_files(partial, folders, number, in_checkpoint=not _is_adapter(kwargs["model"]))
+        parameters = [parameter for partial in self.partials for parameter in partial.parameters()]
+        exact = [
+            parameter
+            for partial in (self.partials if flattened is None else ())
+            for parameter in (partial.parameters() if _is_adapter(kwargs["model"]) else _rounded(partial))
+        ]
+        self._remove_hooks()
+        rate = self.learning_rate
+        if rate == "auto":
+            rate = auto_learning_rate(self.partials[0])  # all of them are on one table
+            logger.info("Learning rate of the token rows: %.3g.", rate)
+        self._watch = RowWatch(self.partials)
+        steps = OwnGroup(optimizer, parameters, rate, self.weight_decay, flattened)
+        self._hooks = [
+            optimizer.register_step_pre_hook(steps.before),
+            optimizer.register_step_post_hook(steps.after),
+            optimizer.register_state_dict_post_hook(ExactRows(exact).store),
+        ]
+        self._additions = self._make_additions([kwargs["model"]], smoothing=args.label_smoothing_factor > 0)
+        for addition in self._additions:
+            addition.install()
+        for diagnostics in self.diagnostics:  # last, so that they see what the others leave of an output
+            diagnostics.stop()
+            diagnostics.start()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for diagnostics in self.diagnostics:
+            diagnostics.sampling = _will_log(args, state)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for diagnostics in self.diagnostics:
+            diagnostics.look_at_gradients()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        if self._watch is not None:
+            self._watch.check_norms()
+        for number, diagnostics in enumerate(self.diagnostics):
+            prefix = "rows" if number == 0 else f"rows_{number + 1}"
+            found = diagnostics.values()
+            values = {f"{prefix}/{name}": value for name, value in found.items()}
+            if self._watch is not None and "leak" in found:
+                self._watch.check_leak(found["leak"])
+            logs.update(values)
+            state.log_history[-1].update(values)  # a copy, made before the callbacks are asked
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for diagnostics in self.diagnostics:
+            diagnostics.end_of_epoch()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self.save_rows:
+            return
+        for number, partial in enumerate(self.partials):
+            rows = partial.token_rows()  # on every rank: a sharded run gathers here
+            if state.is_world_process_zero:
+                try:
+                    rows.save_file(_rows_file(_checkpoint(args, state), number))
+                except PartialEmbeddingError as error:  # not a reason to end a run that may be saved otherwise
+                    logger.warning("No row file was written beside this checkpoint: %s", error)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._remove_hooks()
+        for diagnostics in self.diagnostics:
+            diagnostics.stop()
+        if self._watch is not None:
+            self._watch.check_norms()
+            self._watch = None
+        for number, partial in enumerate(self.partials):
+            if args.load_best_model_at_end and state.best_model_checkpoint:
+                in_checkpoint = not _is_adapter(kwargs["model"])
+                _restore_from_files(partial, [state.best_model_checkpoint], number, in_checkpoint=in_checkpoint)
+            if self.verify:
+                partial.verify()
+                logger.info("The frozen embedding rows have not changed by one bit.")
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for addition in self._additions:
+            addition.remove()
+
+
+def _will_log(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether the step that begins is one whose values are looked at."""
+    step = state.global_step + 1
+    if args.logging_strategy != IntervalStrategy.STEPS:
+        return step % 50 == 0
+    return step % max(1, state.logging_steps) == 0 or (step == 1 and args.logging_first_step)
+
+
+def _restore_from_files(
+    partial: PartialEmbedding,
+    checkpoints: Iterable[str | os.PathLike[str] | None],
+    number: int,
+    *,
+    in_checkpoint: bool,
+) -> None:
+    """Take the exact rows from the row file of the checkpoint that was loaded, where that lacks them.
+
+    Args:
+        partial: whose rows.
+        checkpoints: folders where the file may be.
+        number: which of the callback's row sets it is.
+        in_checkpoint: whether the checkpoint has brought the rows in the table's dtype already; then
+            only a file that agrees with them is taken.
+    """
+    if in_checkpoint and not _rounded(partial):
+        return
+    for checkpoint in checkpoints:
+        path = None if checkpoint is None else _rows_file(checkpoint, number)
+        if path is not None and path.is_file():
+            saved = TokenRows.from_pretrained(path)
+            if partial.adopt(saved, if_equal_rounded=in_checkpoint):
+                return
+    logger.warning(
+        "Training goes on from the token rows that the model holds now: no row file of the checkpoint that was "
+        "loaded was found, so they are rounded to the table's dtype (or, with an adapter, not restored). Give "
+        "TrainingArguments(resume_from_checkpoint=...) the checkpoint's folder."
+    )
+
+
+def _rounded(partial: PartialEmbedding) -> list[nn.Parameter]:
+    """The rows that a standard checkpoint holds in another dtype than their own."""
+    return [rows for rows, table in partial.rows_and_tables() if rows.dtype != table.dtype]
+
+
+def _is_adapter(model: Any) -> bool:
+    """Whether the Trainer's checkpoints hold a PEFT adapter instead of the model."""
+    return hasattr(model, "peft_config")
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def _rows_file(checkpoint: str | os.PathLike[str], number: int) -> Path:
+    return Path(checkpoint) / ROWS_FILE if number == 0 else Path(checkpoint) / f"token_rows_{number + 1}" / ROWS_FILE

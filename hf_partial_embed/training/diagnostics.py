@@ -1,0 +1,278 @@
+"""What a person wants to know of token rows while they train.
+
+Everything is cheap: a step costs a look-up of the batch's ids and no synchronisation with the device;
+norms and the leak are computed only at the steps that are logged, the leak on a sample of positions.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attachment.partial import PartialEmbedding
+from ..errors import shorten
+from ..evaluation.leak import leak
+from ..tokens.vocabulary import encode_all
+
+__all__ = ["RowDiagnostics", "split_elsewhere"]
+
+logger = logging.getLogger(__name__)
+
+_SAMPLED_NORMS = 20_000
+_SAMPLED_POSITIONS = 64
+_KEPT_IDS = 1 << 19
+
+
+class RowDiagnostics:
+    """Watches the rows of one `PartialEmbedding` while a model trains.
+
+    The values, under the names that `values()` gives them:
+
+    | name | meaning |
+    | --- | --- |
+    | `grad_norm` | L2 norm of the rows' gradient, after clipping |
+    | `norm`, `output_norm` | mean L2 norm of the new rows, of the input embeddings and of the head |
+    | `norm_percentile`, `output_norm_percentile` | the part of the old rows' norms that are smaller, in percent, mean over the new rows; near 0 or 100 they are unlike all others |
+    | `unseen_inputs`, `unseen_labels` | number of tokens that no batch has had yet, as input or as label |
+    | `least_seen` | how often the rarest token was an input so far |
+    | `leak` | mean probability on the new tokens where none of them is the label |
+
+    Args:
+        partial: the rows.
+        model: what is called in training; `partial.model` if not given.
+    """  # noqa: E501
+
+    def __init__(self, partial: PartialEmbedding, model: Any = None) -> None:
+        self.partial = partial
+        self.model = partial.model if model is None else model
+        self.sampling = False
+        self._hooks: list[Any] = []
+        self._hidden: Tensor | None = None
+        self._labels: Tensor | None = None
+        self._gradient: Tensor | None = None
+        self._leak: float | None = None
+        self._kept: list[Tensor] | None = None
+        self._watched = False
+        self._had_labels = False
+
+    def start(self) -> None:
+        """Begin to watch."""
+        device = next(self.partial.parameters()).device
+        ids = torch.tensor(self.partial.token_ids, device=device)
+        self._ids, self._order = ids.sort()
+        self._inputs = torch.zeros(len(ids), dtype=torch.int64, device=device)
+        self._targets = torch.zeros_like(self._inputs)
+        self._old_norms = dict(self._norms_of_old_rows())
+        self._kept = []
+        self._hooks = [
+            self.model.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.model.register_forward_hook(self._after, with_kwargs=True),
+        ]
+        backbone = getattr(self.partial.model, "base_model", None)
+        if isinstance(backbone, torch.nn.Module) and backbone is not self.model:
+            self._hooks.append(backbone.register_forward_hook(self._keep_hidden))
+
+    def stop(self) -> None:
+        """Take all hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._kept, self._hidden = [], None, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Whoever copies or saves the model does not copy this with it: nobody would look at what it sees.
+        return {"_hooks": []}
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """How often each token was an input and a label so far, over all processes."""
+        both = torch.stack([self._inputs, self._targets])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(both)
+        by_id = dict(zip(self._ids.tolist(), both.T.tolist(), strict=True))
+        names = self.partial.tokens or [f"id {token_id}" for token_id in self.partial.token_ids]
+        return {
+            name: (by_id[token_id][0], by_id[token_id][1])
+            for name, token_id in zip(names, self.partial.token_ids, strict=True)
+        }
+
+    @torch.no_grad()
+    def look_at_gradients(self) -> None:
+        """Take the norm of the gradients that are there now, if this step is one to be logged."""
+        if not self.sampling:
+            return
+        found = map(self._gradient_of, self.partial.trained_tables().values())
+        gradients = [gradient for gradient in found if gradient is not None]
+        if gradients:
+            self._gradient = torch.stack([gradient.float().norm().cpu() for gradient in gradients]).norm()
+
+    def values(self) -> dict[str, float]:
+        """The values to be logged, see above; those that are not known are left out."""
+        found: dict[str, float] = {}
+        if self._gradient is not None:
+            found["grad_norm"] = self._gradient.item()
+        rows = self.partial.token_rows().tensors()
+        for key, name in (("input_rows", "norm"), ("output_rows", "output_norm")):
+            if key in rows:
+                norms = rows[key].float().norm(dim=1)
+                found[name] = norms.mean().item()
+                old = self._old_norms.get(key)
+                if old:
+                    ranks = [bisect.bisect_left(old, norm) / len(old) for norm in norms.tolist()]
+                    found[f"{name}_percentile"] = 100 * sum(ranks) / len(ranks)
+        if self._watched:
+            counts = self.counts().values()
+            found["unseen_inputs"] = sum(inputs == 0 for inputs, _ in counts)
+            found["least_seen"] = min(inputs for inputs, _ in counts)
+            if self._had_labels:
+                found["unseen_labels"] = sum(labels == 0 for _, labels in counts)
+        if self._leak is not None:
+            found["leak"] = self._leak
+        self._gradient = self._leak = None
+        return found
+
+    def end_of_epoch(self) -> None:
+        """After the first epoch, warn of tokens that the data does not have, or has under other ids."""
+        kept, self._kept = self._kept, None
+        if kept is None or not self._watched:
+            return
+        counts = self.counts()
+        unseen = [token for token, (inputs, _) in counts.items() if not inputs]
+        if unseen:
+            logger.warning(
+                "No batch of the first epoch has had %s, so their rows have not trained as inputs: %s.",
+                f"{len(unseen)} of {len(counts)} tokens", shorten(unseen),
+            )  # fmt: skip
+        never = [token for token, (inputs, labels) in counts.items() if inputs and not labels]
+        if never and self._had_labels:
+            logger.warning(
+                "No batch of the first epoch has had these tokens as labels, so the model does not learn to say them: "
+                "%s. Does a mask of the labels, or of the prompt, hide them?",
+                shorten(never),
+            )
+        if self.partial.tokens:
+            sequences = [row for batch in kept for row in batch.reshape(-1, batch.shape[-1]).tolist()]
+            split = split_elsewhere(self.partial.tokenizer, self.partial.tokens, self.partial.token_ids, sequences)
+            if split:
+                logger.warning(
+                    "The data has the text of these tokens as other ids, so it was tokenised before they were added "
+                    "(or with another tokenizer): %s. Tokenise it again with partial.tokenizer.",
+                    shorten([f"{token} ({number} times)" for token, number in split.items()]),
+                )
+
+    def _norms_of_old_rows(self) -> Any:
+        new = set(self.partial.token_ids)
+        for key, table in self.partial.trained_tables().items():
+            if key not in ("input_rows", "output_rows") or table.sharded:
+                continue  # a sharded table would have to be gathered
+            step = max(1, table.size // _SAMPLED_NORMS)
+            ids = [token_id for token_id in range(0, table.size, step) if token_id not in new]
+            norms = table.rows(ids).float().norm(dim=1)
+            yield key, sorted(norms[norms > 0].tolist())  # rows of zeros are padding and spare places
+
+    def _gradient_of(self, table: Any) -> Tensor | None:
+        parameter = self.partial.parameter_of(table)
+        gradient = parameter.grad
+        if gradient is None:
+            return None
+        if hasattr(gradient, "full_tensor"):
+            gradient = gradient.full_tensor()
+        if self.partial.strategy == "mask":
+            index = torch.tensor(self.partial.token_ids, device=gradient.device)
+            return gradient.index_select(table.dim, index)
+        return gradient
+
+    def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._hooks or not module.training or torch.compiler.is_compiling():
+            return
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        labels = kwargs.get("labels")
+        if isinstance(ids, Tensor) and not ids.is_floating_point():
+            self._watched = True
+            self._count(ids, self._inputs)
+            if self._kept is not None and sum(batch.numel() for batch in self._kept) < _KEPT_IDS:
+                self._kept.append(ids.detach())
+        if isinstance(labels, Tensor) and not labels.is_floating_point():
+            self._had_labels = True
+            self._count(labels, self._targets)
+            self._labels = labels if self.sampling else None
+
+    def _count(self, ids: Tensor, counts: Tensor) -> None:
+        flat = ids.detach().reshape(-1).to(self._ids.device)
+        place = torch.searchsorted(self._ids, flat).clamp(max=len(self._ids) - 1)
+        counts.scatter_add_(0, place, (self._ids[place] == flat).to(counts.dtype))
+
+    def _keep_hidden(self, module: Any, args: object, output: Any) -> None:
+        if self._hooks and self.sampling and not torch.compiler.is_compiling():
+            hidden = getattr(output, "last_hidden_state", None)
+            self._hidden = hidden.detach() if isinstance(hidden, Tensor) else None
+
+    @torch.no_grad()
+    def _after(self, module: Any, args: object, kwargs: dict[str, Any], output: Any) -> None:
+        if not self._hooks:
+            return
+        hidden, labels = self._hidden, self._labels
+        self._hidden = self._labels = None
+        if not self.sampling or self._leak is not None or labels is None or not module.training:
+            return
+        model = self.partial.model
+        causal = not model.config.is_encoder_decoder and bool(getattr(model, "can_generate", lambda: False)())
+        logits = output.get("logits") if hasattr(output, "get") else None
+        # A subclass stands for logits that a chunked loss has not computed.
+        has_logits = type(logits) is Tensor
+        states = logits if has_logits else hidden if causal else None
+        if states is None or states.dim() != 3 or states.shape[:2] != labels.shape:
+            return
+        if causal:
+            states, labels = states[:, :-1], labels[:, 1:]
+        is_new = torch.isin(labels, self._ids.to(labels.device))
+        positions = ((labels != -100) & ~is_new).reshape(-1).nonzero().flatten()
+        if not len(positions):
+            return
+        step = -(-len(positions) // _SAMPLED_POSITIONS)
+        sample = states.reshape(-1, states.shape[-1])[positions[::step]]
+        if not has_logits:  # a fused loss: the head is asked for the sample
+            sample = model.get_output_embeddings()(sample)
+        self._leak = leak(sample, labels.reshape(-1)[positions[::step]], self.partial.token_ids)
+
+
+def split_elsewhere(
+    tokenizer: Any, tokens: Sequence[str], ids: Sequence[int], sequences: Sequence[Sequence[int]]
+) -> dict[str, int]:
+    """How often the text of tokens stands in tokenised data as other ids than theirs.
+
+    Args:
+        tokenizer: the tokenizer, which has the tokens.
+        tokens: the tokens' texts.
+        ids: their ids.
+        sequences: ids of the data.
+
+    Returns:
+        `dict[str, int]`: the tokens that occur so; a text counts only where the tokenizer of now would
+        read the token there.
+    """
+    new = set(ids)
+    segments: list[list[int]] = [[]]
+    for sequence in sequences:
+        for token_id in sequence:
+            if token_id in new:
+                segments.append([])
+            else:
+                segments[-1].append(token_id)
+        segments.append([])
+    texts = tokenizer.batch_decode([segment for segment in segments if segment])
+    found: dict[str, int] = {}
+    for token, token_id in zip(tokens, ids, strict=True):
+        windows = [
+            text[max(0, match.start() - 16) : match.end() + 16]
+            for text in texts
+            for match in re.finditer(re.escape(token), text)
+        ]
+        number = sum(token_id in read for read in encode_all(tokenizer, windows))
+        if number:
+            found[token] = number
+    return found

@@ -1,0 +1,180 @@
+"""What the Trainer's callback does in an optimizer: a group for the rows, and their exact values in its state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..attachment.partial import PartialEmbedding
+from ..errors import PartialEmbeddingError
+from ..evaluation.old_rows import old_input_rows
+from ..initializers.table_statistics import root_mean_square
+from ..modules.sharding import from_any_process, is_dtensor
+
+__all__ = [
+    "ExactRows",
+    "OwnGroup",
+    "auto_learning_rate",
+    "check_in_optimizer",
+    "flattened_groups",
+    "take_from_optimizer",
+]
+
+_EXACT_ROWS = "hf_partial_embed_rows"
+
+
+def flattened_groups(optimizer: Any) -> list[list[nn.Parameter]] | None:
+    """The model's parameters in each group of DeepSpeed's ZeRO optimizer, which steps on a flat one for each."""
+    while optimizer is not None:
+        for name in ("bit16_groups", "fp16_groups", "bf16_groups"):
+            parts = getattr(optimizer, name, None)
+            if isinstance(parts, list):
+                # ZeRO-3 steps on parts of groups.
+                group_of = getattr(optimizer, "sub_group_to_group_id", None) or {i: i for i in range(len(parts))}
+                groups: list[list[nn.Parameter]] = [[] for _ in range(1 + max(group_of.values(), default=-1))]
+                for number, part in enumerate(parts):
+                    groups[group_of[number]] += part
+                return groups
+        optimizer = getattr(optimizer, "optimizer", None)
+    return None
+
+
+def check_in_optimizer(partial: PartialEmbedding, optimizer: Any, flattened: list[list[nn.Parameter]] | None) -> None:
+    groups = [group["params"] for group in optimizer.param_groups] if flattened is None else flattened
+    held = {id(parameter) for group in groups for parameter in group}
+    for parameter in partial.parameters():
+        if parameter.requires_grad and id(parameter) not in held:
+            raise PartialEmbeddingError(
+                f"Rows of shape {tuple(parameter.shape)} are not in the {type(optimizer).__name__}, so they would "
+                "not train. Make the Trainer after add_tokens, with the same model, and call "
+                "partial.requires_grad_(True) if something has frozen the model since."
+            )
+
+
+class OwnGroup:
+    """Gives the rows a parameter group of their own for the time of each step.
+
+    Outside of the steps the groups are those that the Trainer made: schedulers and saved optimizer
+    states are organised by group, and a run can be resumed with or without the callback.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        parameters: list[nn.Parameter],
+        learning_rate: float | None,
+        weight_decay: float,
+        flattened: list[list[nn.Parameter]] | None,
+    ) -> None:
+        self.rows = {id(parameter) for parameter in parameters}
+        self.flattened = None if flattened is None else [self._are_rows(group) for group in flattened]
+        for group, members in zip(optimizer.param_groups, flattened or (), strict=False):
+            some = any(id(parameter) in self.rows for parameter in members)
+            if some and not self._are_rows(members) and (learning_rate is not None or group["weight_decay"]):
+                raise PartialEmbeddingError(
+                    f"DeepSpeed has flattened the rows into one parameter group with {len(members)} parameters, so "
+                    "they cannot have a learning rate and a weight decay of their own. Give the Trainer an optimizer "
+                    "with a group for them: optimizers=(AdamW([*partial.param_groups(lr), others]), None)."
+                )
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.top_rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+        self.saved: list[dict[str, Any]] | None = None
+
+    def _are_rows(self, parameters: list[nn.Parameter]) -> bool:
+        return bool(parameters) and all(id(parameter) in self.rows for parameter in parameters)
+
+    def _is_own(self, number: int, parameter: nn.Parameter) -> bool:
+        return id(parameter) in self.rows if self.flattened is None else self.flattened[number]
+
+    def before(self, optimizer: Any, *_: object) -> None:
+        self.after(optimizer)  # if the last step raised
+        self.saved = optimizer.param_groups
+        self.origins: list[dict[str, Any]] = []
+        optimizer.param_groups = []
+        for number, (group, top_rate) in enumerate(zip(self.saved, self.top_rates, strict=True)):
+            own = [parameter for parameter in group["params"] if self._is_own(number, parameter)]
+            others = [parameter for parameter in group["params"] if not self._is_own(number, parameter)]
+            if others or not own:
+                optimizer.param_groups.append({**group, "params": others})
+                self.origins.append(group)
+            if own:
+                rate = group["lr"]
+                if self.learning_rate is not None:
+                    rate = self.learning_rate * (rate / top_rate if top_rate else 1.0)
+                changed = {"lr": rate, "weight_decay": self.weight_decay}
+                optimizer.param_groups.append({**group, **changed, "params": own})
+                self.origins.append(group)
+
+    def after(self, optimizer: Any, *_: object) -> None:
+        if self.saved is None:
+            return
+        for group, origin in zip(optimizer.param_groups, self.origins, strict=True):
+            # Some optimizers count their steps in the group.
+            origin.update({k: v for k, v in group.items() if k not in ("params", "lr", "weight_decay")})
+        optimizer.param_groups, self.saved = self.saved, None
+
+
+class ExactRows:
+    """Puts rows into the saved state of the optimizer, in their own dtype.
+
+    A standard checkpoint holds them in the table's dtype, an adapter's not at all; a resume continues
+    with those that it finds in the optimizer's state, wherever the checkpoint has been moved to.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+
+    def store(self, optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+        entries = state_dict["state"]
+        stateless = not entries
+        for parameter in self.parameters:
+            number = held.index(id(parameter))
+            # An entry of our own would look like the state of a step to an optimizer that keeps some.
+            if number in entries or stateless:
+                entries[number] = {**entries.get(number, {}), _EXACT_ROWS: parameter.detach().clone()}
+        return state_dict
+
+
+@torch.no_grad()
+def take_from_optimizer(partial: PartialEmbedding, optimizer: Any) -> bool:
+    """Take the exact rows out of a loaded optimizer state; whether there were any."""
+    found = False
+    for table in partial.trained_tables().values():
+        parameter = partial.parameter_of(table)
+        rows = optimizer.state[parameter].pop(_EXACT_ROWS, None) if parameter in optimizer.state else None
+        if is_dtensor(parameter) and not (rows is not None and is_dtensor(rows)):
+            rows = from_any_process(rows, parameter)  # FSDP2 gives what it does not know to one of them
+            if rows is not None:
+                partial.set_rows(table, rows)
+        elif rows is not None:
+            parameter.copy_(rows)
+        found = found or rows is not None
+    return found
+
+
+# Of the old rows' root mean square, for one step of an Adam-like optimizer at the top of the schedule.
+_SHARE = 0.07
+
+
+def auto_learning_rate(partial: PartialEmbedding) -> float:
+    """A learning rate for Adam and its like: 0.07 times the root mean square of the old input rows.
+
+    Such an optimizer moves every number by about its learning rate in a step, so the rate has the unit of
+    the rows, and what is right for a table of one size is not for another. Rows that do not belong to a
+    token (spare ones, padding) do not count, nor do the trained ones.
+
+    Raises:
+        `PartialEmbeddingError`: the old rows are not here, or all zero.
+    """
+    old = old_input_rows(partial)
+    rate = 0.0 if old is None else _SHARE * root_mean_square(*old)
+    if not rate > 0:
+        raise PartialEmbeddingError(
+            f"learning_rate='auto' goes with the size of the old rows, and {type(partial.model).__name__} has none "
+            "here (other processes hold them, or they are zero). Give a number."
+        )
+    return rate

@@ -1,0 +1,204 @@
+"""The loss that never has all logits: the same numbers as the plain one, in memory that does not grow."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from allocations import Allocations
+from torch import nn
+
+from hf_partial_embed import PartialEmbeddingError, SplitEmbedding, SplitLinear
+from hf_partial_embed.modules import loss
+from hf_partial_embed.modules.loss import linear_cross_entropy, linear_log_probs
+
+VOCABULARY, WIDTH, POSITIONS = 90, 16, 41
+IDS = {"appended": range(VOCABULARY - 6, VOCABULARY), "scattered": [7, 3, 50, 89]}
+
+
+@pytest.fixture(autouse=True)
+def many_chunks(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(loss, "CHUNK_POSITIONS", 8)
+
+
+def make_head(where="appended", *, bias=False, dtype=torch.float64, tied=False, size=VOCABULARY):
+    torch.manual_seed(0)
+    linear = nn.Linear(WIDTH, size, bias=bias, dtype=dtype)
+    ids = IDS[where] if size == VOCABULARY else range(size - 6, size)
+    base = min(ids) if where == "appended" else None
+    if tied:
+        embedding = nn.Embedding(size, WIDTH, dtype=dtype)
+        linear.weight = embedding.weight
+        split = SplitEmbedding(embedding, trainable_ids=ids, base_size=base)
+        head = SplitLinear(linear, tied_to=split)
+        return head, [*split.new_rows.parameters(), *([head.new_rows.bias] if bias else [])]
+    head = SplitLinear(linear, trainable_ids=ids, base_size=base)
+    return head, list(head.new_rows.parameters())
+
+
+def batch(dtype=torch.float64, positions=POSITIONS, size=VOCABULARY, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(positions, WIDTH, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(True)
+    target = torch.randint(0, size, (positions,), generator=generator)
+    target[::5] = -100
+    target[1::7] = size - 1  # a trainable one
+    return hidden, target
+
+
+def gradients(value, hidden, rows):
+    """The loss and all gradients; the factor stands for what a scaler or an accumulation multiplies it with."""
+    return [value.detach(), *torch.autograd.grad(value * 3, [hidden, *rows])]
+
+
+def plain_loss(head, hidden, target, *, z_loss=0.0, transform=lambda logits: logits, **options):
+    logits = transform(head(hidden))
+    value = F.cross_entropy(logits, target, **options)
+    if z_loss:
+        squares = logits.logsumexp(1).square()[target != options.get("ignore_index", -100)]
+        value = value + z_loss * (squares.sum() if options.get("reduction") == "sum" else squares.mean())
+    return value
+
+
+@pytest.mark.parametrize("where", IDS)
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_gradients_are_those_of_the_plain_loss(where, bias, tied):
+    head, rows = make_head(where, bias=bias, tied=tied)
+    hidden, target = batch()
+    expected = gradients(plain_loss(head, hidden, target), hidden, rows)
+    assert len(expected) == 3 + bias
+    for value, other in zip(
+        gradients(linear_cross_entropy(hidden, head, target), hidden, rows), expected, strict=True
+    ):
+        torch.testing.assert_close(value, other, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reduction": "sum"},
+        {"ignore_index": 4},
+        {"label_smoothing": 0.1},
+        {"label_smoothing": 0.1, "reduction": "sum"},
+        {"z_loss": 1e-2},
+        {"z_loss": 1e-2, "label_smoothing": 0.2, "reduction": "sum"},
+        {"transform": lambda logits: torch.tanh(logits / 3) * 3},
+        {"transform": lambda logits: logits * 0.5, "z_loss": 1e-2, "label_smoothing": 0.1},
+    ],
+    ids=lambda options: "-".join(name if callable(value) else f"{name}={value}" for name, value in options.items()),
+)
+def test_options_are_those_of_the_plain_loss(options):
+    head, rows = make_head()
+    hidden, target = batch()
+    if "ignore_index" in options:
+        target[target == -100] = 4
+    expected = gradients(plain_loss(head, hidden, target, **options), hidden, rows)
+    for value, other in zip(
+        gradients(linear_cross_entropy(hidden, head, target, **options), hidden, rows), expected, strict=True
+    ):
+        torch.testing.assert_close(value, other, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("where", IDS)
+def test_log_probs_of_single_positions_and_their_gradients(where):
+    head, rows = make_head(where, bias=True)
+    hidden, target = batch()
+    target = target.clamp(min=0)
+    weights = torch.rand(2, POSITIONS, dtype=torch.float64)
+    transform = lambda logits: logits * 0.5  # noqa: E731
+    log_probs = transform(head(hidden)).log_softmax(1)
+    expected = (weights[0] * log_probs.gather(1, target[:, None])[:, 0] + weights[1] * log_probs.sum(1)).sum()
+    picked, total = linear_log_probs(hidden, head, target, transform=transform)
+    value = (weights[0] * picked + weights[1] * total).sum()
+    for one, other in zip(gradients(value, hidden, rows), gradients(expected, hidden, rows), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_head_without_trainable_rows_passes_its_gradient_to_the_hidden_states():
+    head = nn.Linear(WIDTH, VOCABULARY, dtype=torch.float64).requires_grad_(False)
+    hidden, target = batch()
+    (expected,) = torch.autograd.grad(F.cross_entropy(head(hidden), target), hidden)
+    (gradient,) = torch.autograd.grad(linear_cross_entropy(hidden, head, target), hidden)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16-model", "autocast"])
+def test_in_bfloat16_it_is_as_near_to_the_exact_gradient_as_the_plain_loss(autocast):
+    dtype = torch.float32 if autocast else torch.bfloat16
+    head, rows = make_head(dtype=dtype)
+    hidden, target = batch(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        values = gradients(linear_cross_entropy(hidden, head, target), hidden, rows)
+        plain = gradients(F.cross_entropy(head(hidden).float(), target), hidden, rows)
+    exact_head = copy.deepcopy(head).double()
+    exact_hidden = hidden.detach().double().requires_grad_(True)
+    exact = gradients(
+        F.cross_entropy(exact_head(exact_hidden), target), exact_hidden, exact_head.new_rows.parameters()
+    )
+    for value, other, truth in zip(values, plain, exact, strict=True):
+        assert value.dtype == other.dtype
+        assert (value.double() - truth).norm() <= 1.1 * (other.double() - truth).norm() + 1e-6
+
+
+def test_only_ignored_positions_give_what_the_plain_loss_gives():
+    head, rows = make_head()
+    hidden, target = batch()
+    target[:] = -100
+    for reduction in ("mean", "sum"):
+        value = linear_cross_entropy(hidden, head, target, reduction=reduction)
+        expected = F.cross_entropy(head(hidden), target, reduction=reduction)
+        for one, other in zip(gradients(value, hidden, rows), gradients(expected, hidden, rows), strict=True):
+            torch.testing.assert_close(one, other, equal_nan=True)
+
+
+def test_hidden_states_without_a_graph_get_no_gradient_and_rows_do():
+    head, rows = make_head()
+    hidden, target = batch()
+    expected = torch.autograd.grad(F.cross_entropy(head(hidden), target), rows)
+    value = linear_cross_entropy(hidden.detach(), head, target)
+    for one, other in zip(torch.autograd.grad(value, rows), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+def test_whole_heads_and_other_reductions_are_refused():
+    hidden, target = batch()
+    whole = nn.Linear(WIDTH, VOCABULARY, dtype=torch.float64)
+    with pytest.raises(PartialEmbeddingError, match="trains as a whole"):
+        linear_cross_entropy(hidden, whole, target)
+    with pytest.raises(PartialEmbeddingError, match="'none' has no chunked form"):
+        linear_cross_entropy(hidden, make_head()[0], target, reduction="none")
+    target[3] = VOCABULARY
+    with pytest.raises(IndexError, match="90 is out of bounds"):
+        linear_cross_entropy(hidden, make_head()[0], target)
+
+
+def counted_step(head, positions, size) -> Allocations:
+    hidden, target = batch(torch.float32, positions, size)
+    with Allocations() as counted:
+        linear_cross_entropy(hidden, head, target).backward()
+    return counted
+
+
+@pytest.mark.parametrize("where", IDS)
+def test_largest_allocation_is_a_chunk_however_many_positions(where):
+    size = 4000 if where == "appended" else VOCABULARY
+    head, _ = make_head(where, dtype=torch.float32, size=size)
+    for positions in (64, 128):
+        counted = counted_step(head, positions, size)
+        hidden_bytes, chunk_bytes = positions * WIDTH * 4, 8 * size * 4
+        assert counted.largest()[0] == max(hidden_bytes, chunk_bytes), counted.largest()
+        assert not [size for size in counted.sizes if size >= positions * size * 4]
+
+
+def test_bytes_held_at_once_do_not_grow_with_the_number_of_positions_times_the_vocabulary():
+    extra = {}
+    for positions in (64, 128):
+        for size in (1000, 4000):
+            head, _ = make_head(dtype=torch.float32, size=size)
+            counted = counted_step(head, positions, size)
+            big = [number for number in counted.sizes if number >= 8 * size * 4]
+            extra[positions, size] = len(big)
+    # Two buffers of a chunk, whatever the number of chunks.
+    assert set(extra.values()) == {2}, extra
