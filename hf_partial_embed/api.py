@@ -18,7 +18,7 @@ from .initializers.initial_values import initial_values
 from .layout.tables import find_layout
 from .modules.splitting import check_ids
 from .tokens.added import check_new, existing_tokens, normalize_tokens
-from .tokens.vocabulary import find_ids, plain_tokenizer
+from .tokens.vocabulary import encode_all, find_ids, plain_tokenizer
 
 __all__ = ["add_tokens", "load_tokens", "train_tokens"]
 
@@ -76,8 +76,9 @@ def add_tokens(
     layout = find_layout(model, len(tokenizer) + len(added))
     check_options(layout, strategy, output, dtype)
     rows = initial_values(model, tokenizer, layout, added, list(starts.values()) or None, init, seed)
+    pieces = encode_all(tokenizer, [token.content for token in added], unknown=True)
     return attach_rows(
-        model, tokenizer, layout, tokens=added, rows=rows, strategy=strategy, output=output, dtype=dtype
+        model, tokenizer, layout, tokens=added, rows=rows, strategy=strategy, output=output, dtype=dtype, pieces=pieces
     )
 
 

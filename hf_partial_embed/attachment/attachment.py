@@ -57,6 +57,8 @@ class Attachment:
         strategy: `"split"` or `"mask"`.
         output: whether the rows of an untied head, and of biases, train.
         dtype: dtype of the trainable rows under `"split"`.
+        pieces: for each token the ids of what its text was read as before it was added; `None` where the tokens
+            were there already.
         trainable: whether they train at first.
     """
 
@@ -71,6 +73,7 @@ class Attachment:
         strategy: str,
         output: str | bool,
         dtype: torch.dtype | None,
+        pieces: Sequence[Sequence[int]] | None = None,
         trainable: bool = True,
     ) -> None:
         self.model = model
@@ -80,6 +83,7 @@ class Attachment:
         self.strategy = strategy
         self.output = output
         self.dtype = dtype
+        self.pieces = None if pieces is None else [list(ids) for ids in pieces]
         self.trainable = trainable
         self.rows: dict[str, Any] = dict(rows)
         self.ids: list[int] = []

@@ -23,7 +23,7 @@ from ..files.rows_file import ROWS_FILE, read_rows, write_rows
 from ..layout.tables import Table, VocabularyLayout, find_layout, model_name, row_keys
 from ..modules.splitting import check_ids
 from ..tokens.added import check_new, normalize_tokens, token_from_dict, token_to_dict
-from ..tokens.vocabulary import display_names, known_id, plain_tokenizer
+from ..tokens.vocabulary import display_names, encode_all, known_id, plain_tokenizer
 from .additions import change_without_additions
 from .attachment import Attachment
 from .fitting import fit_rows
@@ -62,6 +62,22 @@ class PartialEmbedding:
     def token_ids(self) -> list[int]:
         """Ids, in the order of `tokens`."""
         return list(self._attachment.ids)
+
+    def expand(self, ids: Sequence[int]) -> list[int]:
+        """Replace each new id by the ids of what its text was read as before the token was added.
+
+        Args:
+            ids: ids of a text, with or without new tokens.
+
+        Returns:
+            `list[int]`: ids below the new ones, which the base model reads. Tokens that were there before
+            (`train_tokens`) stay what they are.
+        """
+        pieces = self._attachment.pieces
+        if pieces is None:
+            return list(ids)
+        made_of = dict(zip(self._attachment.ids, pieces, strict=True))
+        return [piece for token_id in ids for piece in made_of.get(token_id, (token_id,))]
 
     @property
     def strategy(self) -> str:
@@ -477,11 +493,17 @@ class TokenRows:
         check_options(layout, strategy, output, dtype)
         rows = fit_rows(self.tensors(), model, tokenizer, layout, added, base_model=self.base_model, tied=self.tied)
         ids = None
-        if not self.tokens:
+        pieces: list[list[int]] | None = None
+        if self.tokens:
+            read = encode_all(tokenizer, self.tokens, unknown=True)
+            pieces = [
+                ids if (old := known[token]) is None else [old] for token, ids in zip(self.tokens, read, strict=True)
+            ]
+        else:
             ids = check_ids(self.token_ids, min(table.size for table in layout.tables))
         return attach_rows(
             model, tokenizer, layout, tokens=added, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype,
-            trainable=trainable,
+            pieces=pieces, trainable=trainable,
         )  # fmt: skip
 
 
@@ -496,12 +518,13 @@ def attach_rows(
     output: str | bool,
     dtype: torch.dtype | None,
     ids: Sequence[int] | None = None,
+    pieces: Sequence[Sequence[int]] | None = None,
     trainable: bool = True,
 ) -> PartialEmbedding:
     """Put a set of rows on a model; see `Attachment`."""
     attachment = Attachment(
         model, tokenizer, tokens=tokens, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype,
-        trainable=trainable,
+        pieces=pieces, trainable=trainable,
     )  # fmt: skip
     partial = PartialEmbedding(attachment)
     attachment.apply(layout)

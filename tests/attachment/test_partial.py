@@ -735,3 +735,22 @@ def test_repr_says_what_it_is():
     )
     partial.merge()
     assert repr(partial).endswith("not attached)")
+
+
+@pytest.mark.parametrize("load", [False, True], ids=["added", "loaded"])
+def test_expand_gives_each_new_token_as_its_pieces(load, tokenizer):
+    model, tokens = build_model(vocab=len(tokenizer)), ["<think>", "praseodymium"]
+    size, pieces = len(tokenizer), tokenizer(tokens)["input_ids"]
+    lead, tail = tokenizer(["A model", "reads"])["input_ids"]
+    partial = add_tokens(model, tokenizer, tokens)
+    if load:
+        partial = partial.detach().attach(model, tokenizer)
+    ids = tokenizer("A model<think>reads")["input_ids"]
+    assert max(ids) >= size
+    assert partial.expand(ids) == [*lead, *pieces[0], *tail]
+    assert partial.expand(partial.token_ids) == [*pieces[0], *pieces[1]]
+
+
+def test_expand_leaves_tokens_that_were_there(tokenizer):
+    partial = train_tokens(build_model(vocab=len(tokenizer)), tokenizer, [10, 20])
+    assert partial.expand([9, 10, 20]) == [9, 10, 20]
