@@ -22,10 +22,10 @@ from hf_partial_embed import (
     PartialEmbeddingError,
     TokenRows,
     add_tokens,
-    attachment,
     load_tokens,
     train_tokens,
 )
+from hf_partial_embed.attachment import attachment
 
 TOKENS = ["<think>", "</think>", "praseodymium"]
 KINDS = [(kind, tied) for kind in MODELS for tied in (True, False) if (kind, tied) != ("bert-encoder", False)]

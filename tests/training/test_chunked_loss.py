@@ -20,7 +20,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from hf_partial_embed import ChunkedLoss, PartialEmbeddingCallback, PartialEmbeddingError, add_tokens, loss
+from hf_partial_embed import ChunkedLoss, PartialEmbeddingCallback, PartialEmbeddingError, add_tokens
+from hf_partial_embed.modules import loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
