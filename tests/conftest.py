@@ -174,6 +174,11 @@ def table_of(model, which: str = "input") -> torch.Tensor:
     return dict(module.named_parameters(recurse=False))["weight"].detach()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs in several processes first: it takes longest, and the other workers have enough to do meanwhile."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     return bpe_tokenizer()

@@ -1,7 +1,8 @@
 """Rows in two real processes (gloo): DDP, FSDP2 directly, by accelerate and by transformers, FSDP1, DeepSpeed ZeRO.
 
-Each engine is started once and runs all of its cases, which are in `distributed_cases.py`. DeepSpeed is not among
-what the tests install; with it (`DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed`) its cases are run by
+Each engine is started once and runs all of its cases, which are in `distributed_cases.py`. FSDP2 in a Trainer and as
+transformers loads it take longest and are run with the slow tests, and so is DeepSpeed, which is not among what the
+tests install (`DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed`):
 
     python -m pytest -m slow tests/test_distributed.py
 """
@@ -13,8 +14,14 @@ from distributed_cases import OTHERS, SETTINGS, TRAININGS
 from two_processes import results
 
 CASES = [setting.name for setting in SETTINGS]
-TORCH = [engine for engine in TRAININGS if not engine.startswith("zero")]
-DEEPSPEED = [engine for engine in TRAININGS if engine.startswith("zero")]
+SLOW = {"fsdp2-trainer", "fsdp2-transformers"}
+
+
+def marked(engine: str, *values: str):
+    """One engine's cases are run by one worker, which starts it once."""
+    deepspeed = engine.startswith("zero")
+    marks = [pytest.mark.xdist_group(engine), *([pytest.mark.slow] if deepspeed or engine in SLOW else [])]
+    return pytest.param(engine, *values, marks=marks)
 
 
 def check(engine: str, case: str) -> None:
@@ -25,28 +32,13 @@ def check(engine: str, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("engine", TORCH)
+@pytest.mark.parametrize("engine", [marked(engine) for engine in TRAININGS])
 def test_rows_equal_those_of_one_process_and_the_checkpoint_is_standard(engine, case):
     check(engine, case)
 
 
 @pytest.mark.parametrize(
-    ("engine", "case"), [(engine, case) for engine, cases in OTHERS.items() if engine in TORCH for case in cases]
+    ("engine", "case"), [marked(engine, case) for engine, cases in OTHERS.items() for case in cases]
 )
 def test_what_else_an_engine_does_or_refuses(engine, case):
-    check(engine, case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("engine", DEEPSPEED)
-def test_rows_under_deepspeed_equal_those_of_one_process(engine, case):
-    check(engine, case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("engine", "case"), [(engine, case) for engine, cases in OTHERS.items() if engine in DEEPSPEED for case in cases]
-)
-def test_what_else_deepspeed_does_or_refuses(engine, case):
     check(engine, case)

@@ -552,7 +552,7 @@ def test_generate_equals_that_of_the_merged_model(kind, tied, strategy):
 
 # T5 itself does not compile to one graph.
 COMPILED = [(kind, tied, strategy) for kind, tied in KINDS if kind != "t5" for strategy in ("split", "mask")]
-QUICK = [("llama", True, "split"), ("gemma", True, "split"), ("bert", True, "split")]
+QUICK = [("gemma", True, "split")]  # a subclass with a forward of its own; test_cost.py compiles a plain one
 
 
 @pytest.mark.parametrize(

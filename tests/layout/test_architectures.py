@@ -93,6 +93,23 @@ KINDS = {
     "a head that is the transposed table": "PerceiverForMaskedLM",
 }
 
+# Run with the slow tests: they take longest, and what decides in them decides in a faster one, too.
+SLOW_KINDS = {
+    "an untied encoder-decoder whose shared table is read",
+    "sizes that have to agree",
+    "an encoder-decoder wrapper",
+    "an untied encoder-decoder",
+    "per-layer embeddings of a composite",
+    "an image-text-to-text model",
+    "a nested head beside another vocabulary",
+    "a speech-to-text decoder",
+    "a classification head over an encoder-decoder",
+    "a classification head over a T5",
+    "several pretraining heads",
+    "a wrapper with a vision encoder",
+    "a caption model with a head bias",
+}
+
 # What does not hold, and why: transformers' own limit, or ours. By class and check.
 _TDT = "its head's last outputs, for durations, come behind the tokens', so they move when there are more tokens"
 EXPLAINED: dict[tuple[str, str], str] = {
@@ -612,7 +629,9 @@ def _test(name: str, strategy: str, *, flip: bool = False) -> None:
     assert not failed, "\n".join(f"{check}: {outcome}" for check, outcome in failed.items())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in SLOW_KINDS else kind for kind in KINDS]
+)
 def test_kind(kind):
     name, _, flip = KINDS[kind].partition(" ")
     _test(name, "split", flip=bool(flip))
