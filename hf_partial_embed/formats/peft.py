@@ -26,12 +26,12 @@ from ..tokens.added import existing_tokens, token_to_dict
 from ..tokens.vocabulary import find_ids, plain_tokenizer
 from .reading import fetch, load_tensors, write_json, write_tensors
 
-__all__ = ["is_peft_adapter", "read_peft", "write_peft"]
+__all__ = ["CONFIG", "PREFIX", "WEIGHTS", "is_peft_adapter", "module_names", "read_config", "read_peft", "write_peft"]
 
 logger = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX, _SUFFIXES = "base_model.model.", (".token_adapter.trainable_tokens_delta", ".trainable_tokens_delta")
+PREFIX, _SUFFIXES = "base_model.model.", (".token_adapter.trainable_tokens_delta", ".trainable_tokens_delta")
 _HEAD = "lm_head"
 
 
@@ -68,7 +68,7 @@ def read_peft(
             f"{folder} has its weights as adapter_model.bin, a pickle, which is not read here. Save the adapter again "
             "with PEFT's save_pretrained(..., safe_serialization=True)."
         )
-    config = _read_config(fetch(adapter, CONFIG, revision=revision))
+    config = read_config(fetch(adapter, CONFIG, revision=revision))
     tensors = load_tensors(fetch(adapter, WEIGHTS, revision=revision))
     rows = {name: tensor for key, tensor in tensors.items() if (name := _module_of(key)) is not None}
     if not rows:
@@ -137,10 +137,10 @@ def write_peft(rows: TokenRows, path: str | os.PathLike[str], model: Any, tokeni
     tokenizer = plain_tokenizer(tokenizer, needed=bool(rows.tokens))
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layout = find_layout(base)
-    modules = _module_names(base, layout)
+    modules = module_names(base, layout)
     _check_representable(rows, base, layout)
     ids = find_ids(tokenizer, rows.tokens) if rows.tokens else list(rows.token_ids)
-    tensors = {f"{_PREFIX}{modules['input']}.trainable_tokens_delta": rows.input_rows}
+    tensors = {f"{PREFIX}{modules['input']}.trainable_tokens_delta": rows.input_rows}
     if "output" in modules:
         head = rows.input_rows if layout.tied or (rows.output_rows is None and rows.tied) else rows.output_rows
         if head is None:
@@ -148,7 +148,7 @@ def write_peft(rows: TokenRows, path: str | os.PathLike[str], model: Any, tokeni
                 f"{type(base).__name__} has a head of its own, and these rows have none for it. Attach them to the "
                 "model first, and write partial.token_rows()."
             )
-        tensors[f"{_PREFIX}{modules['output']}.trainable_tokens_delta"] = head
+        tensors[f"{PREFIX}{modules['output']}.trainable_tokens_delta"] = head
     config = {
         "auto_mapping": {"base_model_class": type(base).__name__, "parent_library": type(base).__module__},
         "base_model_name_or_path": rows.base_model or model_name(base),
@@ -166,7 +166,7 @@ def write_peft(rows: TokenRows, path: str | os.PathLike[str], model: Any, tokeni
         tokenizer.save_pretrained(folder)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -180,7 +180,7 @@ def _module_of(key: str) -> str | None:
     """The module whose rows a tensor of the adapter holds; `None` for other tensors."""
     for suffix in _SUFFIXES:
         if key.endswith(suffix):
-            return key.removesuffix(suffix).removeprefix(_PREFIX)
+            return key.removesuffix(suffix).removeprefix(PREFIX)
     return None
 
 
@@ -252,7 +252,7 @@ def _meta_tied(model: Any) -> bool:
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
-def _module_names(model: Any, layout: VocabularyLayout) -> dict[str, str]:
+def module_names(model: Any, layout: VocabularyLayout) -> dict[str, str]:
     names = {"input": min(_named(model, model.get_input_embeddings()), key=len)}
     if layout.has_head:
         names["output"] = min(_named(model, model.get_output_embeddings()), key=len)
