@@ -22,7 +22,7 @@ from ..modules.mask import MaskHandle
 from ..modules.rows import ForwardScope, PartialModule
 from ..modules.sharding import is_sharded, set_whole, trained_rows
 from ..tokens.vocabulary import known_id
-from .growth import Growth
+from .growth import Growth, mean_rows
 from .steps import (
     SCOPE,
     AddTokens,
@@ -161,13 +161,10 @@ class Attachment:
                 self._do(WriteRows(table, [self.ids[row] for row in new], rows[new]))
         elif rows is not None:
             self._do(WriteRows(table, self.ids, rows))
-        # Ids without a token, between the old rows and the new ones: zeros would be large logits in a model
-        # whose logits are mostly negative.
+        # Ids without a token, between the old rows and the new ones.
         between = sorted({*range(table.size, table.grown_size - table.tail)} - set(self.ids))
         if between and table.has_rows:
-            old = table.tensor.detach().narrow(table.dim, 0, table.size)
-            mean = old.mean(table.dim, dtype=torch.promote_types(old.dtype, torch.float32))
-            self._do(WriteRows(table, between, mean.expand(len(between), *mean.shape)))
+            self._do(WriteRows(table, between, mean_rows(table, len(between))))
 
     def _give_ids(self) -> list[int]:
         if self.fixed_ids is not None:

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout.tables import Table, VocabularyLayout
+from ..errors import PartialEmbeddingError
+from ..layout.tables import Table, VocabularyLayout, find_layout
 from ..modules.rows import note_size
 
-__all__ = ["Growth"]
+__all__ = ["Growth", "add_spare_rows", "mean_rows"]
 
 
 class Growth:
@@ -72,3 +73,46 @@ class Growth:
                 note_size(module, attribute)
             tensor.grad = gradient
         self._counts, self._tables = [], []
+
+
+def mean_rows(table: Table, count: int) -> Tensor:
+    """Rows that no token has yet, `[count, ...]`: zeros would be large logits where logits are mostly negative."""
+    old = table.tensor.detach().narrow(table.dim, 0, table.size)
+    mean: Tensor = old.mean(table.dim, dtype=torch.promote_types(old.dtype, torch.float32))
+    return mean.expand(count, *mean.shape)
+
+
+def add_spare_rows(model: Any, size: int) -> int:
+    """Grow a model's vocabulary by rows that no token has yet, each the mean of the old rows.
+
+    Tokens that are added later take these rows, and no shape changes any more. The logits over the old vocabulary
+    are those of before.
+
+    Args:
+        model: a `transformers` model without rows attached.
+        size: rows that its tables are to have.
+
+    Returns:
+        `int`: how many rows came.
+
+    Raises:
+        `PartialEmbeddingError`: the tables have as many rows already; the model cannot grow. Nothing has changed.
+    """
+    layout = find_layout(model, size)
+    new = [table for table in layout.tables if table.grown_size > table.size]
+    if not new:
+        raise PartialEmbeddingError(
+            f"The tables of {type(model).__name__} have {layout.tables[0].size} rows already, so a size of {size} "
+            "adds none. Ask for more."
+        )
+    step = Growth(layout)
+    try:
+        step.do()
+        for table in new:
+            if table.has_rows:
+                ids = list(range(table.size, table.grown_size - table.tail))
+                table.write(ids, mean_rows(table, len(ids)))
+    except BaseException:
+        step.undo()
+        raise
+    return new[0].grown_size - new[0].size

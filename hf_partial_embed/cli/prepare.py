@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..errors import count, shorten
+from ..errors import PartialEmbeddingError, count, shorten
 from .output import (
     OK,
     AddCommand,
@@ -29,17 +29,23 @@ def add_add(command: AddCommand) -> None:
         "Add tokens to a model and its tokenizer, start their rows from what they were made of before, and save\n"
         "both as an ordinary checkpoint. All old rows keep every bit.",
         "  printf '<think>\\n</think>\\n' > tokens.txt\n"
-        "  hf-partial-embed add HuggingFaceTB/SmolLM2-135M tokens.txt prepared --special",
+        "  hf-partial-embed add HuggingFaceTB/SmolLM2-135M tokens.txt prepared --special\n"
+        "  hf-partial-embed add HuggingFaceTB/SmolLM2-135M grown --spare 100 --pad-to-multiple-of 64   # for adapters",
     )  # fmt: skip
     made.add_argument("model", metavar="MODEL", help="folder or Hub repository of the model")
     made.add_argument(
-        "tokens", metavar="TOKENS",
-        help="text file with a token a line; or a .json file: a list, or an object from token to description",
+        "tokens", metavar="TOKENS", nargs="?",
+        help="text file with a token a line; or a .json file: a list, or an object from token to description; may be "
+        "left out with --spare",
     )  # fmt: skip
     add_out(made)
     made.add_argument("--special", action="store_true", help="add them as special tokens, which decoding can skip")
     made.add_argument("--init", default="subtoken_mean", metavar="NAME", help="initialiser (default: %(default)s)")
     made.add_argument("--seed", type=int, default=0, metavar="N", help="for initialisers that draw (default: 0)")
+    made.add_argument("--spare", type=int, default=0, metavar="N", help="rows besides that no token has yet")
+    made.add_argument(
+        "--pad-to-multiple-of", type=int, default=1, metavar="N", help="more spare rows, up to a multiple of N"
+    )
 
 
 def add_merge(command: AddCommand) -> None:
@@ -58,20 +64,46 @@ def add_merge(command: AddCommand) -> None:
 
 
 def _add(options: argparse.Namespace) -> int:
-    tokens = read_tokens(Path(options.tokens))
+    tokens = read_tokens(Path(options.tokens)) if options.tokens else []
+    spare, multiple = options.spare, options.pad_to_multiple_of
+    if spare < 0 or multiple < 1:
+        raise PartialEmbeddingError(
+            f"--spare {spare} --pad-to-multiple-of {multiple}: give numbers of at least 0 and 1."
+        )
+    wants_rows = spare or multiple > 1
+    if not options.tokens and not wants_rows:
+        raise PartialEmbeddingError("Nothing is to be added. Give a file of tokens, or --spare N.")
     check_out(options)
     from ..api import add_tokens
+    from ..attachment.growth import add_spare_rows
     from ..files.pretrained import load_model, load_tokenizer
 
     model, tokenizer = load_model(options.model), load_tokenizer(options.model)
-    partial = add_tokens(model, tokenizer, tokens, init=options.init, special=options.special, seed=options.seed)
-    partial.merge()
+    added: dict[str, int] = {}
+    if options.tokens:
+        partial = add_tokens(model, tokenizer, tokens, init=options.init, special=options.special, seed=options.seed)
+        partial.merge()
+        added = dict(zip(partial.tokens, partial.token_ids, strict=True))
+    rows = 0
+    if wants_rows:
+        # Behind the tokens, wherever the table ends.
+        multiple = options.pad_to_multiple_of
+        size = (
+            -(-max(len(tokenizer) + options.spare, model.get_input_embeddings().num_embeddings) // multiple) * multiple
+        )
+        if size > model.get_input_embeddings().num_embeddings:
+            rows = add_spare_rows(model, size)
     with fresh_folder(options) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    free = model.get_input_embeddings().num_embeddings - len(tokenizer)
     if options.json:
-        return print_json(out=options.out, tokens=dict(zip(partial.tokens, partial.token_ids, strict=True)))
-    say(f"added {count(partial.token_ids, 'token')} with the ids {shorten(partial.token_ids)}; saved {options.out}")
+        return print_json(out=options.out, tokens=added, spare_rows=free, rows_added=rows + len(added))
+    if added:
+        say(f"added {count(list(added), 'token')} with the ids {shorten(list(added.values()))}")
+    if wants_rows:
+        say(f"{count(range(free), 'row')} that no token has yet, {rows} of them new")
+    say(f"saved {options.out}")
     return OK
 
 

@@ -1,9 +1,9 @@
 """Rows of ids that the base has, as an ordinary LoRA adapter, for engines that serve many adapters on one base.
 
 Changed rows of a table are a change of low rank: of `K` rows it is `B A` with `A [K, V]` one-hot over their ids and
-`B [d, K]` the differences to the base's rows. A head has it the other way round, the differences as `A [K, d]` and the
-ids one-hot as `B [V, K]`; a tied head needs its own part, since an engine adds to what a module puts out and not to its
-weight. Whoever loads such an adapter needs no new token, no new shape and not this package.
+`B [d, K]` the differences to the base's rows. A head has it the other way round, the differences as `A [K, d]` and
+the ids one-hot as `B [V, K]`; a tied head needs its own part, since an engine adds to what a module puts out and not
+to its weight. Whoever loads such an adapter needs no new token, no new shape and not this package.
 
 The one-hots are stored densely, since the format has nothing else: `2 · V · K` bytes for each table, in bfloat16, in
 which 0 and 1 are exact. The rows themselves lie beside the adapter as a row file, which is what `read_lora` takes.
@@ -119,8 +119,8 @@ def read_lora(path: str | os.PathLike[str], tokenizer: Any = None) -> TokenRows:
     rows = TokenRows.from_pretrained(path)
     if len(hot[0]) < len(rows) or not bool((hot[0][-len(rows) :].float().sum(1) == 1).all()):
         raise PartialEmbeddingError(
-            f"{str(path)!r} holds {count(rows.token_ids, 'row')} in {ROWS_FILE} and an adapter of other rows. Write it "
-            "again."
+            f"{str(path)!r} holds {count(rows.token_ids, 'row')} in {ROWS_FILE} and an adapter of other rows. Write "
+            "it again."
         )
     if tokenizer is not None and rows.tokens:
         find_ids(plain_tokenizer(tokenizer, needed=True), rows.tokens)
@@ -138,8 +138,8 @@ def _check_plain(base: Any, layout: VocabularyLayout) -> None:
     if layout.table("extra") is not None or layout.table("bias") is not None:
         others = [table.name for table in layout.tables if table.role in ("extra", "bias")]
         raise PartialEmbeddingError(
-            f"{name} has more for each token than embeddings and a head ({shorten(others)}), for which there is no LoRA. "
-            "Publish the merged model: partial.merge()."
+            f"{name} has more for each token than embeddings and a head ({shorten(others)}), for which there is no "
+            "LoRA. Publish the merged model: partial.merge()."
         )
 
 
@@ -179,9 +179,9 @@ def _ids(rows: TokenRows, tokenizer: Any, base: Any, layout: VocabularyLayout) -
         lacking = [f"id {token_id}" for token_id in ids if token_id >= size]
     if lacking:
         raise PartialEmbeddingError(
-            f"{type(base).__name__} has {size} rows and none for {shorten(lacking)}, and a LoRA adapter cannot bring new "
-            "ones. Two ways: let the tokens take over reserved ones (add_tokens(..., reuse='auto')), or grow the base "
-            "once for all adapters (hf-partial-embed add MODEL OUT --spare N), serve that, and load rows onto it."
+            f"{type(base).__name__} has {size} rows and none for {shorten(lacking)}, and a LoRA adapter cannot bring "
+            "new ones. Two ways: let the tokens take over reserved ones (add_tokens(..., reuse='auto')), or grow the "
+            "base once for all adapters (hf-partial-embed add MODEL OUT --spare N), serve that, and load rows onto it."
         )
     return ids
 
@@ -212,7 +212,7 @@ def _read(
     reason = _refusal(config)
     if reason:
         raise PartialEmbeddingError(f"Cannot join rows with the adapter {str(lora)!r}: {reason}")
-    there = {name: module for name, module in base.named_modules(remove_duplicate=False)}
+    there = dict(base.named_modules(remove_duplicate=False))
     tables = set(module_names(base, layout).values())
     for key, tensor in tensors.items():
         name, part = _module_of(key)
@@ -224,8 +224,8 @@ def _read(
             )
         if name in tables:
             raise PartialEmbeddingError(
-                f"The adapter {str(lora)!r} changes {name}, too ({key}): what a token's row is to be would be said twice. "
-                "Train the LoRA on other modules, or publish the merged model."
+                f"The adapter {str(lora)!r} changes {name}, too ({key}): what a token's row is to be would be said "
+                "twice. Train the LoRA on other modules, or publish the merged model."
             )
         weight = getattr(module, "weight", None)
         sizes = {"lora_A": -1, "lora_B": 0}
@@ -244,9 +244,7 @@ def _refusal(config: dict[str, Any]) -> str | None:
     if config.get("peft_type") != "LORA":
         return f"it is a {config.get('peft_type')} adapter. Give a LoRA adapter."
     if config.get("use_dora"):
-        return (
-            "it is a DoRA adapter, which scales whole rows by their norm. Merge it, or train it with use_dora=False."
-        )
+        return "it is a DoRA adapter, which scales whole rows by their norm. Merge it, or train with use_dora=False."
     for key in ("modules_to_save", "trainable_token_indices"):
         if config.get(key):
             return f"it has {key}={config[key]!r}, which engines that serve adapters refuse. Train it without."
@@ -261,7 +259,7 @@ def _refusal(config: dict[str, Any]) -> str | None:
 
 def _module_of(key: str) -> tuple[str, str]:
     """The module that a tensor of an adapter belongs to, and which of its tensors it is."""
-    name = key.removeprefix(PREFIX)
+    name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
     for part in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_bias"):
         if f".{part}" in name:
             return name.partition(f".{part}")[0], part

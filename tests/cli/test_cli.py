@@ -288,3 +288,42 @@ def test_command_is_installed_under_its_name():
         [sys.executable, "-m", "hf_partial_embed.cli", "--version"], check=True, capture_output=True, text=True
     )
     assert result.stdout == "hf-partial-embed 0.1.0\n"
+
+
+def test_add_grows_a_base_for_adapters(capsys, base, tmp_path):
+    out = tmp_path / "grown"
+    status, result = run_json(capsys, "add", base, out, "--spare", 10, "--pad-to-multiple-of", 64)
+    assert (status, result["tokens"], result["spare_rows"], result["rows_added"]) == (0, {}, 20, 20)
+    model, plain = AutoModelForCausalLM.from_pretrained(out), AutoModelForCausalLM.from_pretrained(base)
+    assert model.config.vocab_size == 320
+    ids = torch.tensor([[5, 7, 9]])
+    assert torch.equal(logits_of(model, ids)[..., :300], logits_of(plain, ids))
+    partial = add_tokens(model, AutoTokenizer.from_pretrained(out), ["<think>"])
+    assert model.config.vocab_size == 320 and partial.token_ids == [300]
+
+
+def test_add_says_what_is_wrong_with_spare_rows(capsys, base, tmp_path):
+    for arguments in ((), ("--spare", -1), ("--pad-to-multiple-of", 0)):
+        status, _, err = run(capsys, "add", base, tmp_path / "out", *arguments)
+        assert status == 2 and ("Nothing is to be added" in err or "at least 0 and 1" in err)
+        assert not (tmp_path / "out").exists()
+
+
+def test_convert_to_lora_alone_and_joined(capsys, base, rows, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    folder, partial = rows
+    assert run(capsys, "convert", folder, tmp_path / "adapter", "--to", "lora", "--base", base)[0] == 2
+    run(capsys, "add", base, tmp_path / "grown", "--spare", 4)
+    user = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj"]))
+    user.save_pretrained(tmp_path / "lora")
+    capsys.readouterr()
+    ids = torch.tensor([[5, 300, 7, 301]])
+    for more in ((), ("--lora", tmp_path / "lora")):
+        out = tmp_path / f"adapter{len(more)}"
+        status, said, _ = run(capsys, "convert", folder, out, "--to", "lora", "--base", tmp_path / "grown", *more)
+        assert (status, said.strip()) == (0, f"wrote 2 rows as lora: {out}")
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "grown"), out).eval()
+        torch.testing.assert_close(
+            logits_of(loaded, ids)[..., :302], logits_of(partial.model, ids)[..., :302], rtol=1e-5, atol=1e-6
+        )
