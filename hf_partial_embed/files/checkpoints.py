@@ -74,7 +74,7 @@ class CheckpointReport:
 
     @property
     def only_added_rows(self) -> bool:
-        """Whether the adapted checkpoint is the base, bit for bit, but for rows that the base has not."""
+        """Whether the adapted checkpoint equals the base bit for bit, apart from the rows that were added to it."""
         return not (self.changed or self.missing or self.unexpected or self.changed_ids)
 
     def __str__(self) -> str:
@@ -137,7 +137,7 @@ def _compare(name: str, old: _Checkpoint, new: _Checkpoint, report: CheckpointRe
 class _StoredTensor:
     """Where a safetensors file has the bytes of a tensor.
 
-    They are read, not mapped: the pages of a mapping count as the memory of the process.
+    The file is read, not memory-mapped: mapped pages would count as memory of the process.
     """
 
     file: BinaryIO
@@ -152,7 +152,7 @@ class _StoredTensor:
 
 
 def _changed_rows(old: _StoredTensor, new: _StoredTensor, rows: int) -> Iterator[int]:
-    """Which rows of `old` have other bytes in `new`, where `old` is `rows` rows of the same width."""
+    """Numbers of the rows whose bytes differ; `old` is read as `rows` rows of equal width."""
     width = old.size // max(1, rows)
     step = max(1, _PIECE_BYTES // max(1, width))
     for first in range(0, rows, step):
@@ -170,7 +170,7 @@ def _changed_rows(old: _StoredTensor, new: _StoredTensor, rows: int) -> Iterator
 
 @contextmanager
 def reading_errors(source: str | os.PathLike[str]) -> Iterator[None]:
-    """Let whatever a damaged checkpoint raises be a `PartialEmbeddingError` that names it."""
+    """Turn any error of reading a damaged checkpoint into a `PartialEmbeddingError` that names the checkpoint."""
     try:
         yield
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -182,7 +182,7 @@ def reading_errors(source: str | os.PathLike[str]) -> Iterator[None]:
 
 
 class _Checkpoint:
-    """The tensors of a saved checkpoint, to be read piece by piece."""
+    """Where the files of a saved checkpoint have its tensors, and the sizes of its vocabularies."""
 
     def __init__(self, source: str | os.PathLike[str], stack: ExitStack) -> None:
         folder = checkpoint_folder(source)
@@ -196,7 +196,7 @@ class _Checkpoint:
 
 
 def _stored_tensors(path: Path, stack: ExitStack) -> Iterator[tuple[str, _StoredTensor]]:
-    with safe_open(path, framework="pt"):  # checks the whole header
+    with safe_open(path, framework="pt"):  # validates the header
         file = stack.enter_context(path.open("rb"))
     length = int.from_bytes(file.read(8), "little")
     for name, entry in json.loads(file.read(length)).items():
@@ -215,7 +215,7 @@ def checkpoint_folder(source: str | os.PathLike[str]) -> Path:
 
 
 def checkpoint_files(folder: Path) -> list[str]:
-    """Names of the safetensors files of a checkpoint, all of them inside of its folder."""
+    """Names of the safetensors files of a checkpoint; names that lead out of its folder are refused."""
     if (folder / _INDEX).is_file():
         index = json.loads((folder / _INDEX).read_text("utf-8"))
         files = sorted(set(index["weight_map"].values()))
@@ -231,7 +231,7 @@ def checkpoint_files(folder: Path) -> list[str]:
 
 
 def _vocabulary_sizes(folder: Path) -> Iterator[int]:
-    """Every `vocab_size` of the config, those of its sub-configs included."""
+    """Every `vocab_size` of the config and of its sub-configs."""
     path = folder / "config.json"
     pending: list[Any] = [json.loads(path.read_text("utf-8"))] if path.is_file() else []
     while pending:
@@ -239,5 +239,5 @@ def _vocabulary_sizes(folder: Path) -> Iterator[int]:
         for key, value in config.items():
             if isinstance(value, dict):
                 pending.append(value)
-            elif "vocab_size" in key and key != "type_vocab_size" and type(value) is int:  # segments are no tokens
+            elif "vocab_size" in key and key != "type_vocab_size" and type(value) is int:  # counts segments
                 yield value

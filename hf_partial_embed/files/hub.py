@@ -29,7 +29,7 @@ __all__ = ["hub_errors", "locate_rows", "merged_card", "rows_card", "upload", "w
 
 logger = logging.getLogger(__name__)
 
-# What the HTTP library raises without an answer. huggingface_hub has changed the library between its versions.
+# Base of the HTTP library's errors, also those without a response. Versions of huggingface_hub differ in the library.
 _HTTPError: type[Exception] = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 
 _LIBRARY = "hf_partial_embed"
@@ -60,7 +60,7 @@ def locate_rows(
 
 @contextmanager
 def hub_errors(problem: str, revision: str | None = None) -> Iterator[None]:
-    """Let whatever `huggingface_hub` raises be a `PartialEmbeddingError` that says what to do."""
+    """Turn any error of `huggingface_hub` into a `PartialEmbeddingError` that says what to do."""
     try:
         yield
     except (_HTTPError, EntryNotFoundError, OSError, ValueError, RuntimeError) as error:
@@ -103,7 +103,7 @@ def upload(
 ) -> str:
     """Upload a folder, creating repository and branch where there are none; returns the URL of the commit.
 
-    A model card there that somebody else has written stays.
+    A model card in the repository that this package has not written is kept.
     """
     if create_pr and revision not in (None, "main"):
         raise PartialEmbeddingError(
@@ -142,7 +142,7 @@ def _is_ours(card: Path) -> bool:
 
 
 def write_card(folder: Path, card: ModelCard) -> None:
-    """Write `README.md`, unless there is one that somebody else has written."""
+    """Write `README.md`, unless there is one that this package has not written."""
     path = folder / _CARD
     if not path.is_file() or _is_ours(path):
         write_atomically(path, lambda temporary: temporary.write_text(str(card), "utf-8"))
@@ -216,7 +216,7 @@ tokenizer = AutoTokenizer.from_pretrained({repo_id!r})
 
 
 def _hub_id(base_model: str | None) -> str | None:
-    """The name of a base model, unless it is a path, which means nothing to others."""
+    """The base model's name if it can be a Hub id; `None` for a path, which means nothing on another machine."""
     is_id = base_model and re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", base_model) and not os.path.exists(base_model)
     return base_model if is_id else None
 
@@ -234,12 +234,12 @@ def _token_list(tokens: Sequence[str]) -> str:
 
 
 def _name(tensor: str) -> str:
-    """The name of a tensor: an ordinary one as code, whatever else a row file may have as text."""
+    """The name of a tensor as Markdown: a code span, or escaped where it has unusual characters."""
     return f"`{tensor}`" if re.fullmatch(r"[\w.]+", tensor) else _escape(tensor)
 
 
 def _escape(text: str) -> str:
-    """Text as it is, whatever it contains: nothing in it is Markdown or HTML, and all of it is visible."""
+    """Any text as literal text: no Markdown or HTML in it takes effect, and invisible characters are shown."""
     return f"<code>{''.join(map(_escape_char, text))}</code>"
 
 
@@ -247,7 +247,7 @@ def _escape_char(char: str) -> str:
     if not char.isprintable():
         return f"&#92;u&#123;{ord(char):x}&#125;"
     if char == " ":
-        return "&nbsp;"  # plain spaces vanish at the ends and where there are several
+        return "&nbsp;"  # HTML drops spaces at the ends and joins several into one
     if char in "<>&":
         return html.escape(char)
     return char if char.isalnum() or not char.isascii() else f"&#{ord(char)};"

@@ -1,6 +1,6 @@
-"""A saved base model by its folder or Hub id: its class, its skeleton, its tables, and the whole of it.
+"""Loading a saved base model from a folder or the Hub: the model, its skeleton, its tokenizer, or one table.
 
-No code of a repository is run and nothing is unpickled; what is not needed is not read.
+No code of a repository is run and nothing is unpickled. Only the files that are needed are read.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def load_model(source: str | os.PathLike[str]) -> Any:
 
 
 def model_skeleton(source: str | os.PathLike[str]) -> Any:
-    """The model without values, on the meta device; only its config is read."""
+    """The model on the meta device; only its config is read."""
     cls, config = _model_class(source)
     with torch.device("meta"):
         return cls(config)
@@ -72,15 +72,16 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
 
 
 def input_table(source: str | os.PathLike[str]) -> Tensor:
-    """The input embeddings of a saved model, `[V, d]`, read alone out of its checkpoint.
+    """The input embeddings of a saved model, `[V, d]`; no other tensor of its checkpoint is read.
 
     Raises:
-        `PartialEmbeddingError`: there is none, or none under a name that the model's class tells.
+        `PartialEmbeddingError`: the checkpoint has no tensor of that shape under a name that the model's class gives
+            to its input embeddings.
     """
     model = model_skeleton(source)
     weight = model.get_input_embeddings().weight
     names = [name for name, value in model.named_parameters(remove_duplicate=False) if value is weight]
-    # A checkpoint of the bare model lacks the prefix that it has inside of a model with a head.
+    # A checkpoint of the base model lacks the prefix that its parameters have in a model with a head, and vice versa.
     prefix = f"{model.base_model_prefix}."
     wanted = {*names, *(name.removeprefix(prefix) for name in names), *(prefix + name for name in names)}
     folder = checkpoint_folder(source)

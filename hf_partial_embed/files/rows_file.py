@@ -1,7 +1,7 @@
 """The row file: one safetensors file with the rows and all that is needed to attach them elsewhere.
 
-The README documents the format. Reading checks everything before a value is used, and unpickles
-nothing; writing is atomic and durable.
+`examples/guides/file_format.md` documents the format. Reading checks the whole file before a value is used,
+and unpickles nothing; writing is atomic and durable.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ _DTYPES = {"F16", "BF16", "F32", "F64"}
 
 
 def write_rows(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write a row file, so that at any moment `path` is the old file or the new one, whole.
+    """Write a row file atomically: at any moment `path` is the whole old file or the whole new one.
 
     Args:
         path: of the file.
         tensors: by name; `input_rows` among them.
-        metadata: what JSON can hold.
+        metadata: anything that JSON can hold.
 
     Raises:
-        `PartialEmbeddingError`: the disk does not take the data.
+        `PartialEmbeddingError`: writing the data failed, for instance on a full disk.
         `OSError`: the folder cannot be made, or written to.
     """
     header = {_KEY: json.dumps({"format_version": FORMAT_VERSION, **metadata}, sort_keys=True)}
-    # Copies, since safetensors refuses tensors that share memory, as those of a tied pair may.
+    # Copies, since safetensors refuses tensors that share memory, as tied ones may.
     copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     try:
         write_atomically(Path(path), lambda temporary: save_file(copies, temporary, metadata=header))
@@ -53,7 +53,7 @@ def write_rows(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadat
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` write a temporary file beside `path`, bring it to the disk, and rename it."""
+    """Let `write` write a temporary file beside `path`, sync it to the disk, and rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
@@ -103,7 +103,7 @@ def read_rows(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
     except (SafetensorError, OSError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, PartialEmbeddingError):
             raise
-        # Without the cause: its text may have what the file has, for instance a terminal's control sequences.
+        # `from None`, since the cause's text may quote the file, for instance a terminal's control sequences.
         reason = visible(str(error))[:500]
         raise PartialEmbeddingError(f"Cannot read {path}: {type(error).__name__}: {reason}") from None
     for name, tensor in tensors.items():
@@ -115,7 +115,7 @@ def read_rows(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
 
 
 def is_rows_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a row file by its header, whole or damaged further on."""
+    """Whether a file's header is that of a row file; the rest of it is not checked."""
     try:
         with safe_open(path, framework="pt") as file:
             return _KEY in (file.metadata() or {})
@@ -168,7 +168,7 @@ def _is_token(token: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    """A str of whole characters: JSON can spell half of a surrogate pair, which no tokenizer takes."""
+    """Whether it is a str without lone surrogates, which JSON can contain and no tokenizer accepts."""
     return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
 
 

@@ -1,8 +1,8 @@
 """PEFT's `TrainableTokens` adapters, alone or inside of a LoRA adapter (`trainable_token_indices`).
 
-Such an adapter holds the rows themselves, `[K, d]`, under `<module>.trainable_tokens_delta` (they are
-called a delta there, and replace the rows all the same), and their ids in its config, but no text of a
-token: the tokenizer has to come beside it.
+Such an adapter holds the rows themselves, `[K, d]`, under `<module>.trainable_tokens_delta` (despite its name
+it replaces the rows and is not added to them), and their ids in its config. It does not hold the tokens' texts,
+so a tokenizer has to come with it.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ def read_peft(
             with `trainable_token_indices`.
         tokenizer: the tokenizer that the rows were trained with, which knows the tokens' texts. If not
             given, the one that was saved with the adapter; where there is none, the rows have ids only
-            and go on by id.
+            and are attached by id.
         model: the base model, needed only where an adapter has different rows for two modules of which
-            none is called `lm_head`. One on the meta device will do.
+            none is called `lm_head`. It may be on the meta device.
         revision: of the Hub repository.
 
     Returns:
         `TokenRows`, in the adapter's dtype.
 
     Raises:
-        `PartialEmbeddingError`: the adapter has no token rows, more than an input and an output table of
-            them, is damaged, or is a pickle.
+        `PartialEmbeddingError`: the adapter has no token rows, has rows of more tables than input embeddings
+            and head, is damaged, or is a pickle.
     """
     folder = Path(adapter)
     if folder.is_dir() and not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
@@ -113,9 +113,9 @@ def read_peft(
 
 
 def write_peft(rows: TokenRows, path: str | os.PathLike[str], model: Any, tokenizer: Any) -> None:
-    """Write rows as a PEFT `TrainableTokens` adapter, with the tokenizer that has the tokens beside it.
+    """Write rows as a PEFT `TrainableTokens` adapter, and the tokenizer with the tokens beside it.
 
-    Whoever loads it needs PEFT and not this package:
+    It is loaded with PEFT, without this package:
 
     ```python
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -130,9 +130,9 @@ def write_peft(rows: TokenRows, path: str | os.PathLike[str], model: Any, tokeni
         tokenizer: the tokenizer, which knows the tokens already (as it does while rows are attached).
 
     Raises:
-        `PartialEmbeddingError`: what PEFT's adapter cannot hold: entries of a head's bias, rows of
-            further tables; a model whose head is tied where the config says that it is not, or the
-            other way round, which PEFT goes by.
+        `PartialEmbeddingError`: rows that PEFT's adapter cannot hold (entries of a head's bias, rows of further
+            tables); a model whose config says that its head is tied where it is not, or the other way round, since
+            PEFT relies on the config.
     """
     tokenizer = plain_tokenizer(tokenizer, needed=bool(rows.tokens))
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -185,7 +185,7 @@ def _module_of(key: str) -> str | None:
 
 
 def _input_and_head(rows: dict[str, Tensor], model: Any, adapter: object) -> tuple[str, str | None]:
-    """Which module's rows are those of the input embeddings, and which the head's."""
+    """Names of the modules whose rows are the input embeddings' and the head's; the latter may be `None`."""
     names = sorted(rows)
     if model is not None:
         inputs, outputs = _named(model, model.get_input_embeddings()), _named(model, model.get_output_embeddings())
@@ -209,7 +209,7 @@ def _input_and_head(rows: dict[str, Tensor], model: Any, adapter: object) -> tup
 
 
 def _token_ids(config: dict[str, Any], module: str, rows: Tensor, adapter: object) -> list[int]:
-    """The ids of the rows of a module, of which PEFT checks nothing."""
+    """The ids of the rows of a module, checked here because PEFT does not check them."""
     given = config.get("token_indices") or config.get("trainable_token_indices")
     if isinstance(given, dict):
         given = next(
@@ -247,7 +247,7 @@ def _is_meta(model: nn.Module) -> bool:
 
 
 def _meta_tied(model: Any) -> bool:
-    """Whether head and input embeddings are one parameter, of a model without values."""
+    """Whether head and input embeddings of a model on the meta device are one parameter."""
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
 

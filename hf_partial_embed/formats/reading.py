@@ -1,4 +1,4 @@
-"""What the foreign formats share: safetensors files of somebody else, read and written with care."""
+"""What the formats share: finding, reading and writing safetensors and JSON files; pickles are refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def refuse_pickle(path: str | os.PathLike[str]) -> None:
-    """Refuse a file that could only be read by unpickling it, which runs code of whoever wrote it."""
+    """Refuse a file that can only be read by unpickling, which can run code that the file contains."""
     if Path(path).suffix.lower() in PICKLES:
         raise PartialEmbeddingError(
             f"{path} is a pickle, which can run code when it is read; nothing here unpickles. Ask for a .safetensors "
@@ -33,7 +33,7 @@ def refuse_pickle(path: str | os.PathLike[str]) -> None:
 
 
 def fetch(source: str | os.PathLike[str], name: str, *, revision: str | None = None) -> Path:
-    """A file of a folder or of a Hub repository.
+    """The path of a file in a folder, or downloaded from a Hub repository.
 
     Raises:
         `PartialEmbeddingError`: there is no such file.
@@ -62,7 +62,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file, the old one or the new one being there, whole, at any moment."""
+    """Write a safetensors file atomically: see `write_atomically`."""
     copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     write_atomically(path, lambda temporary: save_file(copies, temporary, metadata={"format": "pt"}))
 

@@ -1,9 +1,9 @@
 """Textual-inversion files, as diffusers writes and loads them.
 
-A file is a dict of tensors. diffusers has one entry, from the placeholder token to its vectors, `[d]` or
-`[n, d]`; Stable Diffusion XL has two text encoders and the entries `clip_l` and `clip_g` instead, without
-the token's text; the AUTOMATIC1111 web UI writes `emb_params`. Where a concept has several vectors, it
-is as many tokens here: `<cat>_0`, `<cat>_1`, `<cat>_2` (see `concepts`).
+A file is a dict of tensors. diffusers writes one entry, from the placeholder token to its vectors, `[d]` or
+`[n, d]`. Files for Stable Diffusion XL, which has two text encoders, have the entries `clip_l` and `clip_g`
+and do not name the token; the AUTOMATIC1111 web UI writes `emb_params`, which does not either. A concept of
+several vectors becomes one token for each: `<cat>_0`, `<cat>_1`, `<cat>_2` (see `tokens.concepts`).
 Source: Gal et al., "An Image is Worth One Word", ICLR 2023.
 """
 
@@ -39,18 +39,18 @@ def read_textual_inversion(
 
     Args:
         source: the file, a folder or a Hub repository with `learned_embeds.safetensors`.
-        token: the placeholder; needed where the file does not say it (`clip_l`/`clip_g`, `emb_params`),
-            and takes the place of the file's own where it has one entry.
+        token: the placeholder; needed where the file does not name it (`clip_l`/`clip_g`, `emb_params`). For a
+            file that names one, it is used instead of that name.
         encoder: `"clip_l"` or `"clip_g"`, for a file with vectors for two text encoders.
         revision: of the Hub repository.
 
     Returns:
-        `TokenRows` with a token for each vector. `concepts.expand_placeholders` lets the tokenizer
-        put all of them where a text has the placeholder.
+        `TokenRows` with a token for each vector. With `tokens.expand_placeholders` the tokenizer reads the
+        placeholder as all of them.
 
     Raises:
-        `PartialEmbeddingError`: a pickle (`.bin`, `.pt`), another kind of file, or one that leaves open
-            which token or which encoder is meant.
+        `PartialEmbeddingError`: a pickle (`.bin`, `.pt`), another kind of file, or a file for which `token` or
+            `encoder` is needed and not given.
     """
     path = _locate(source, revision)
     tensors = load_tensors(path)
@@ -89,15 +89,14 @@ def write_textual_inversion(
     """Write the rows of one concept as a file that diffusers' `load_textual_inversion` takes.
 
     Args:
-        rows: of a text encoder; or a dict from `"clip_l"` and `"clip_g"` to the rows of each of two,
-            of which `load_textual_inversion(state_dict["clip_l"], token=..., text_encoder=...)` takes one
-            at a time.
+        rows: of a text encoder; or a dict from `"clip_l"` and `"clip_g"` to the rows of two encoders, which are
+            loaded one at a time: `load_textual_inversion(state_dict["clip_l"], token=..., text_encoder=...)`.
         path: the file, `.safetensors`; or a folder, in which it is `learned_embeds.safetensors`.
         token: the placeholder of the concept to be written; needed where the rows have several.
 
     Raises:
-        `PartialEmbeddingError`: no or several concepts to choose from; rows that the format has no place
-            for, such as a head's.
+        `PartialEmbeddingError`: the rows have no concept, or several and `token` does not say which; rows that the
+            format has no place for, such as a head's.
     """
     path = Path(path)
     refuse_pickle(path)
@@ -125,7 +124,7 @@ def _locate(source: str | os.PathLike[str], revision: str | None) -> Path:
 
 
 def _entries(path: Path, tensors: dict[str, Tensor], encoder: str | None) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Vectors by token, or those of a file that does not name its token."""
+    """Vectors by token; or an empty dict and the vectors, for a file that does not name its token."""
     there = [name for name in ENCODERS if name in tensors]
     if there and set(there) == set(tensors):
         if encoder is None and len(there) == 1:

@@ -2,7 +2,7 @@
 
 An initialiser is a function from an `InitRequest` to the rows of one table, `[K, ...]`. It is called
 once for each table over the vocabulary (input embeddings, an untied head, a head's bias, ...), so that
-input rows come from input rows and head rows from head rows. Register one under a name with
+input rows are made of input rows and head rows of head rows. Register one under a name with
 `@register("name")`, or pass the function itself as `add_tokens(..., init=function)`.
 """
 

@@ -19,25 +19,26 @@ from .table_statistics import root_mean_square
 
 __all__ = ["Distill"]
 
-# How often each snippet is seen, unless `steps` says otherwise.
+# Passes over the snippets, unless `steps` says otherwise.
 _EPOCHS = 6
 
 
 @dataclass(frozen=True)
 class Distill:
-    """Rows that are trained until an early layer cannot tell the new token from its pieces.
+    """Rows trained so that an early layer's hidden states are those of the original tokenisation.
 
-    Short snippets of text with the new token are run up to `layer`, and the new rows `w` alone follow the
-    gradient (Adam, cosine schedule) of
+    Short snippets of text with the new token are run up to `layer`, and the new rows `w`, nothing else, are trained
+    (Adam, cosine schedule) on the loss
 
     `mean_p ‖h_p(w) - h̄_p‖² / mean_p ‖h̄_p‖²`
 
     over the positions `p` of the new token and of what follows it; `h̄` are the hidden states of the same
-    snippet in the original tokenisation, at the last piece and behind it, computed once. They start at the
+    snippet in the original tokenisation, at the last piece and behind it, computed once. The rows start at the
     mean of their pieces. The layers behind `layer` are not run, and nothing of the model changes.
 
-    A row of a tied head has a second duty, to be predicted where it belongs and only there: `head_weight`
-    times the loss of `CachedHead` is added for it, on states of one whole pass over the snippets. The rows
+    A row of a tied head is an output row, too, which has to predict the token where it belongs and only there. For it
+    `head_weight` times the loss of `CachedHead` is added, on the hidden states of one pass of the whole model over
+    the snippets. The rows
     of an untied head are fitted by `CachedHead` itself on the same texts; a head's bias and further tables
     start at the mean of the pieces.
 
@@ -50,20 +51,20 @@ class Distill:
     Args:
         texts: any texts with the tokens in them, written as the tokens are (with their leading space, if they
             have one). Without it the model writes some, from `prompts`.
-        layer: whose output is matched, from 1; a quarter of the layers if not given.
-        steps: of Adam; 6 times through the snippets if not given.
-        learning_rate: at the top, in units of the root mean square of the table's trained rows.
+        layer: number, from 1, of the layer whose output is matched; a quarter of the layers if not given.
+        steps: of Adam; six epochs over the snippets if not given.
+        learning_rate: at the start of the schedule, in units of the root mean square of the table's trained rows.
         batch_size: snippets in a step.
-        per_token: number of snippets for each token, at most.
-        context: number of ids before and behind the token in a snippet, at most.
-        head_weight: of the output's loss on a tied head; 0 saves the whole pass, and the new token is hardly
-            predicted.
+        per_token: largest number of snippets for each token.
+        context: largest number of ids before, and behind, the token in a snippet.
+        head_weight: weight of the output's loss on a tied head. 0 saves the pass of the whole model, but then the new
+            token is hardly predicted.
         frequency: of each new token among the tokens of running text, for the output's loss.
         prompts: beginnings of the texts that the model writes, with `{token}`.
 
     Raises:
-        `PartialEmbeddingError`: a model that is not causal, or not built of layers; a layer that there is
-            not; a token that is in no text; a model without texts that cannot generate.
+        `PartialEmbeddingError`: a model that is not causal or has no list of layers; `layer` out of range; a token
+            that is in no text; no texts, and a model that cannot generate.
     """
 
     texts: Sequence[str] | None = None
@@ -93,7 +94,7 @@ class Distill:
         layer = self._layer(request)
         texts = texts_for(request, self.texts, prompts=self.prompts, per_token=self.per_token, length=self.context)
         snippets = snippets_of(request, texts, context=self.context, limit=self.per_token)
-        # Batches of alike lengths have little padding.
+        # Snippets of similar lengths together need little padding.
         snippets.sort(key=lambda snippet: len(snippet.original))
         with undisturbed(request.model):
             runner = Runner(request.model, request.table)
@@ -153,7 +154,7 @@ class Distill:
 
 
 def _matched(runner: Runner, layer: nn.Module, batch: Sequence[Snippet], rows: Tensor | None = None) -> list[Tensor]:
-    """Hidden states of each snippet from the new token, or without rows from its last piece, on."""
+    """Hidden states of each snippet from the new token on; without rows, from the token's last piece on."""
     if rows is None:
         hidden = runner.until(layer, [snippet.original for snippet in batch])
         firsts = [snippet.end for snippet in batch]
@@ -168,7 +169,7 @@ def _matched(runner: Runner, layer: nn.Module, batch: Sequence[Snippet], rows: T
 
 
 def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Endless batches, each item once before any comes again."""
+    """Endless batches of indices, in a new random order in each epoch."""
     order: list[int] = []
     while True:
         if len(order) < size:

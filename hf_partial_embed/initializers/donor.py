@@ -21,12 +21,12 @@ __all__ = ["Donor"]
 
 @dataclass(frozen=True)
 class Donor:
-    """Sparse combinations of shared tokens that make a donor's row, made of this model's rows instead.
+    """A donor model's row as a sparse combination of shared tokens, rebuilt from this model's rows of them.
 
-    For each new token, orthogonal matching pursuit finds at most `nonzero` tokens that both vocabularies
-    have, and coefficients `c`, with `x ≈ Σ c_i D_i` for the donor's row `x` and rows `D`; the new row is
-    `Σ c_i B_i` of this model's rows `B`. A token that is several pieces for the donor, too, has the mean of
-    its donor's rows for `x`. Head rows are made of head rows where the donor has its own.
+    For each new token with the donor's row `x`, orthogonal matching pursuit finds at most `nonzero` tokens that both
+    vocabularies have, and coefficients `c`, so that `x ≈ Σ c_i D_i` with the donor's rows `D` of these tokens. The
+    new row is `Σ c_i B_i` with this model's rows `B`. Where the donor reads the token as several pieces, too, `x` is
+    the mean of their rows. Head rows are made of head rows if the donor has a head.
 
     Needs: scikit-learn (`pip install "hf_partial_embed[init]"`) and the donor's model and tokenizer.
     Cost: `n·d·nonzero` for each token, with `n` shared tokens.
@@ -36,7 +36,7 @@ class Donor:
     Args:
         model: the donor.
         tokenizer: the donor's.
-        nonzero: number of shared tokens that make up a row, at most.
+        nonzero: largest number of shared tokens in a combination.
 
     Raises:
         `PartialEmbeddingError`: scikit-learn is missing; no shared tokens; the donor cannot read a token.
@@ -62,7 +62,7 @@ class Donor:
         norms = dictionary.norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
         most = max(1, min(self.nonzero, len(own_ids), dictionary.shape[1]))
         with warnings.catch_warnings():
-            # The pursuit ends early where a row is a combination of fewer tokens, and says so.
+            # It warns where a row is a combination of fewer tokens, which is no problem here.
             warnings.filterwarnings("ignore", message="[\\s\\S]*Orthogonal matching pursuit ended prematurely")
             coefficients = linear_model.orthogonal_mp(
                 (dictionary / norms[:, None]).T.numpy(), wanted.T.numpy(), n_nonzero_coefs=most
@@ -79,7 +79,7 @@ class Donor:
         return weight
 
     def _shared(self, request: InitRequest, donor: Tensor) -> tuple[list[int], list[int]]:
-        """Ids of the shared tokens here and there, in the same order."""
+        """Ids of the shared tokens in this vocabulary and in the donor's, in the same order."""
         trained = request.trained_rows.tolist()
         there_trained = trained_mask(len(donor), self.tokenizer, self.tokenizer.pad_token_id).tolist()
         there = {

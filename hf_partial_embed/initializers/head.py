@@ -17,15 +17,15 @@ from .snippets import PROMPTS, Snippet, snippets_of, texts_for
 
 __all__ = ["FREQUENCY", "CachedHead", "CachedStates", "new_bias"]
 
-# Of a new token among the tokens of running text, unless the user knows better: ten times that of an average
-# token of a vocabulary of 50,000. On SmolLM2 it keeps the leak in snippets from texts of the same kind below 1%;
-# at five times as much it reaches that, and at a tenth a token is hardly predicted where it belongs.
+# Default frequency of a new token among the tokens of running text: ten times that of an average token of a
+# vocabulary of 50,000. On SmolLM2 it keeps the leak in snippets from texts of the same kind below 1%; at five times
+# the value the leak is 1%, and at a tenth a token is hardly predicted where it belongs.
 FREQUENCY = 2e-4
 
 
 @dataclass(frozen=True)
 class CachedHead:
-    """Head rows by cross-entropy on cached states, without a pass through the body.
+    """Head rows fitted by cross-entropy on cached hidden states, without further passes through the body.
 
     One pass over texts in the original tokenisation gives the states `h` before the head and the
     log-sum-exp `z` of the old logits. With the old rows frozen, these are all that the loss of new rows `w`
@@ -34,15 +34,16 @@ class CachedHead:
     `mean_old(s - z) + frequency · Σ_k mean_k(s - w_k · h - b_k) + penalty · ‖w - w₀‖²/2`
 
     the first mean over the positions that an old token follows, the others over those that token `k` follows.
-    It is convex in `w` (a capped logit, as in Gemma 2, bends that a little) and is minimised by L-BFGS.
-    `w₀` is the mean of the pieces' rows; positions inside of the token's pieces do not occur any more and
-    are left out. The new tokens' biases `b` are the means of their pieces'.
+    It is convex in `w` (not quite with capped logits, as in Gemma 2) and is minimised by L-BFGS.
+    `w₀` is the mean of the pieces' rows. Positions between the token's pieces are left out, since they do not
+    occur once the token exists. The new tokens' biases `b` are the means of their pieces'.
 
-    Snippets are cut out around the tokens, which are far more frequent in them than in any text: rows that
-    fit the snippets as they are propose the tokens everywhere. Hence the weights, by which a token occurs
-    once in `1 / frequency` positions.
+    Snippets are cut out around the tokens, which are far more frequent in them than in running text: rows fitted
+    without weights would predict the tokens everywhere. The weights make a token occur once in `1 / frequency`
+    positions.
 
-    Fits the rows of an untied head; other tables, also one that is tied, start at the mean of the pieces.
+    Only the rows of an untied head are fitted; those of other tables, a tied one among them, start at the mean of the
+    pieces.
 
     Needs: texts with the tokens, or a model that can generate them. Cost: one forward of the whole model
     over the snippets (for 12 tokens, 5 snippets each: 2,000 tokens), then `N·K·d` for each iteration.
@@ -52,17 +53,17 @@ class CachedHead:
 
     Args:
         texts: any texts with the tokens in them, written as the tokens are. Without it the model writes some.
-        per_token: number of snippets for each token, at most.
-        context: number of ids before and behind the token in a snippet, at most.
-        frequency: of each new token among the tokens of running text; in the snippets it does not show.
+        per_token: largest number of snippets for each token.
+        context: largest number of ids before, and behind, the token in a snippet.
+        frequency: of each new token among the tokens of running text, which the snippets cannot tell.
         penalty: of the distance from `w₀`, in units of the states' mean square.
-        iterations: of L-BFGS, at most.
+        iterations: largest number of L-BFGS iterations.
         batch_size: snippets in a pass.
         prompts: beginnings of the texts that the model writes, with `{token}`.
 
     Raises:
-        `PartialEmbeddingError`: a token that is in no text; a model without texts that cannot generate; one
-            whose logits are not those of its head, scaled or capped.
+        `PartialEmbeddingError`: a token that is in no text; no texts, and a model that cannot generate; a model whose
+            logits are not its head's output, scaled or capped.
     """
 
     texts: Sequence[str] | None = None
@@ -106,14 +107,14 @@ class CachedHead:
 
 
 class CachedStates:
-    """All of a model that the loss of new head rows depends on.
+    """What the loss of new head rows depends on, of a model run over snippets.
 
     Attributes:
         states (`torch.Tensor` of shape `(N, d)`): what the head is given, in float64.
         sums (`torch.Tensor` of shape `(N,)`): log-sum-exp of the old logits.
         labels (`torch.Tensor` of shape `(N,)`): which new token follows, -1 where none does.
-        weights (`torch.Tensor` of shape `(N,)`): of each position in the loss. Those of the positions that an old
-            token follows sum to one, those that a new one follows to the frequency.
+        weights (`torch.Tensor` of shape `(N,)`): of each position in the loss. They sum to one over the positions that
+            an old token follows, and to `frequency` over those that one new token follows.
     """
 
     @torch.no_grad()
@@ -138,7 +139,7 @@ class CachedStates:
         self.weights = torch.where(self.labels < 0, 1.0, frequency).double() / alike
 
     def loss(self, rows: Tensor, bias: Tensor | None) -> Tensor:
-        """Weighted sum over the positions, up to what does not depend on the rows."""
+        """Weighted cross-entropy over the positions, up to a constant that does not depend on the rows."""
         raw = self.states @ rows.T
         logits = self.shape(raw if bias is None else raw + bias)
         total = torch.logaddexp(self.sums, logits.logsumexp(1))
@@ -148,13 +149,13 @@ class CachedStates:
 
 
 def new_bias(request: InitRequest) -> Tensor | None:
-    """What the head's bias has for the new tokens `[K]`: the means of their pieces'."""
+    """The head's bias for the new tokens, `[K]`: the means of their pieces' entries; `None` without a bias."""
     bias = dict(request.model.get_output_embeddings().named_parameters(recurse=False)).get("bias")
     return None if bias is None else subtoken_mean(replace(request, table=bias.detach(), role="bias")).double()
 
 
 def _logit_shape(model: Any, raw: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor]:
-    """What a model makes of the head's output: a multiple of it, or a capped one."""
+    """The function from the head's output to the model's logits: a multiple, or a soft cap."""
     raw, logits = raw.float(), logits.float()
     tolerance = 0.02 * logits.abs().max().item()
     scale = ((raw * logits).sum() / raw.square().sum().clamp(min=1e-12)).item()

@@ -1,4 +1,4 @@
-"""Initial rows of every table of a model, for tokens that are not there yet."""
+"""Initial rows of every table of a model, for tokens that have not been added yet."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def initial_values(
     init: str | Initializer,
     seed: int,
 ) -> dict[str, Tensor]:
-    """Rows of each table of a model for tokens that are not added yet."""
+    """Initial rows, `[K, ...]`, of each table by its name; model and tokenizer are not changed."""
     texts = [token.content for token in tokens]
     given: list[Any] = starts or [None] * len(texts)
     for text, start in zip(texts, given, strict=True):
@@ -39,7 +39,7 @@ def initial_values(
     memo: dict[str, Any] = {}
     for table in layout.tables:
         old = table.values().movedim(table.dim, 0)
-        if table.role == "lookup":  # integers have no mean: the first piece's are the token's
+        if table.role == "lookup":  # integers cannot be averaged: take those of the first piece
             rows[table.name] = old[[next((p for p in ids if p < len(old)), 0) for ids in all_pieces]]
         if not table.has_rows:
             continue
@@ -66,7 +66,7 @@ def initial_values(
         )
         values = initial_rows(init, request)
         described = [row for row, start in enumerate(given) if isinstance(start, str)]
-        if described and isinstance(init, str):  # whatever the other tokens start from
+        if described and isinstance(init, str):  # a description takes precedence over a named initialiser
             values[described] = initial_rows("subtoken_mean", request)[described]
         if table.role == "input":
             for row, text, start in zip(values, texts, given, strict=True):

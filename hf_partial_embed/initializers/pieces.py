@@ -18,7 +18,7 @@ __all__ = ["Copy", "Description", "Positional", "subtoken_mean"]
 
 @register("subtoken_mean")
 def subtoken_mean(request: InitRequest) -> Tensor:
-    """For each token the mean of the rows of its pieces. Reads only those rows.
+    """For each token the mean of the rows of its pieces; no other rows are read.
 
     A token without pieces (its text was unknown to the tokenizer) starts at the mean of all rows.
     Source: Gee et al., "Fast Vocabulary Transfer for Language Model Compression", EMNLP 2022.
@@ -31,12 +31,12 @@ class Positional:
     """A mean of the pieces' rows in which their position counts.
 
     `row = Σ w_i e_i / Σ w_i` over the pieces `i = 1…n`, with `w_i = exp(rate · i)` for input rows, since
-    the last piece is what the following text was predicted from, and `w_i = exp(-rate · i)` for output
-    rows, since the first piece is what had to be predicted. A tied row is an input row here.
+    the text that follows was predicted at the last piece, and `w_i = exp(-rate · i)` for output rows, since the
+    first piece is the one to be predicted. Rows of a tied table are taken as input rows.
 
-    Needs: the pieces' rows. Cost: nothing but to read them.
+    Needs: the pieces' rows. Cost: reading them.
     Source: Nakash et al., "AdaptiVocab: Enhancing LLM Efficiency in Focused Domains through Lightweight
-    Vocabulary Adaptation", 2025, section 3.3, where the rate is 2; it does not say what a tied row is.
+    Vocabulary Adaptation", 2025, section 3.3, where the rate is 2; it does not say how to treat tied rows.
 
     Args:
         rate: 0 is the plain mean.
@@ -57,7 +57,7 @@ class Positional:
 class Description:
     """The mean of the rows of the pieces of a description in words.
 
-    Needs: a description of every token. Cost: nothing but to read the rows.
+    Needs: a description of every token. Cost: reading the rows.
 
     Args:
         texts: descriptions by token. Without it they are what `add_tokens` was given, a dict from token to
@@ -89,8 +89,8 @@ class Description:
 class Copy:
     """The row of another token.
 
-    On a tied head the copy is proposed wherever its source is, and both share the probability, until
-    training tells them apart.
+    On a tied head the copy has the logit of its source in every context, and the two share the probability, until
+    training separates them.
 
     Needs: a token to copy from. Cost: one row.
 

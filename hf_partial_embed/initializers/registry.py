@@ -1,4 +1,4 @@
-"""What an initialiser is, and which there are by name."""
+"""What an initialiser is given and has to return, and the initialisers by name."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class InitRequest:
         padding: id of the padding, whose row is not trained; `None` where there is none.
         model, tokenizer: as they were passed to `add_tokens`, before anything was added.
         generator: source of random numbers, seeded with `add_tokens(..., seed=)`.
-        memo: kept from one table to the next within one `add_tokens`, for what is costly and serves all
-            of them (texts that a model has generated).
+        memo: shared by the calls for all tables within one `add_tokens`, for costly results that serve several of them
+            (texts that a model has generated).
     """
 
     table: Tensor
@@ -45,14 +45,14 @@ class InitRequest:
 
     @cached_property
     def trained_rows(self) -> Tensor:
-        """Bool `[V]`: rows that belong to a token. Spare rows, rows in gaps between ids and the row of
-        the padding are not trained, and should enter no mean.
+        """Bool `[V]`: rows that belong to a token. Spare rows, rows in gaps between ids and the padding row have not
+        been trained, and should not enter a mean.
         """
         return trained_mask(len(self.table), self.tokenizer, self.padding)
 
     @property
     def shared(self) -> bool:
-        """Whether the rows serve as input and as output, since the head is tied."""
+        """Whether the rows are input rows and output rows at once, because the head is tied."""
         tables = [
             getattr(getattr(self.model, f"get_{which}_embeddings")(), "_parameters", {}).get("weight")
             for which in ("input", "output")
@@ -62,8 +62,8 @@ class InitRequest:
     def keep_norms(self, rows: Tensor) -> Tensor:
         """Shorten rows of a tied table that are longer than its longest trained row.
 
-        A row of a tied table is an output row, too: its norm is how loudly the token is proposed everywhere,
-        and one that is louder than any old token's takes probability where the token does not belong.
+        A row of a tied table is an output row, too. A long one gives its token large logits in every context, and so
+        takes probability where the token does not belong.
         """
         if not self.shared:
             return rows
@@ -89,7 +89,7 @@ def register(name: str) -> Callable[[Initializer], Initializer]:
 
 
 def initial_rows(init: str | Initializer, request: InitRequest) -> Tensor:
-    """Call an initialiser and check what it gives.
+    """Call an initialiser and check the rows that it returns.
 
     Args:
         init: a name in `INITIALIZERS`, or a function.

@@ -1,4 +1,4 @@
-"""Running a model on snippets of text, as far as is needed and without leaving a trace on it."""
+"""Running a model on snippets of text, up to a layer or to the head, and leaving it unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Runner", "decoder_layers", "undisturbed"]
 
 
 class _Reached(Exception):
-    """Carries what a layer put out, and ends the forward there."""
+    """Carries the output of a layer out of the forward, which it ends."""
 
     def __init__(self, value: Tensor) -> None:
         self.value = value
@@ -50,7 +50,7 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradient of the model's own parameters inside; all flags as they were afterwards."""
+    """Evaluation mode and no gradients of the model's own parameters; afterwards all flags are as they were before."""
     training = [module for module in model.modules() if module.training]
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
@@ -69,16 +69,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 class Runner:
     """Runs a causal model over sequences of ids, in which new rows may stand for ids that do not exist yet.
 
-    The rows are put in behind the embedding module, so whatever follows it (position embeddings,
-    projections, tables of its own over the ids) is the model's business. What the module itself makes of
-    a row must be a multiple of it, as in Gemma.
+    A forward hook puts the rows into the output of the embedding module, so that everything behind it (position
+    embeddings, projections, further tables) runs as always. The module itself may only scale its rows, as Gemma's
+    does.
 
     Args:
         model: the model, inside of `undisturbed`.
         table (`torch.Tensor` of shape `(V, d)`, *optional*): its input embeddings; needed for new rows.
 
     Raises:
-        `PartialEmbeddingError`: the embedding module does more than to scale its rows.
+        `PartialEmbeddingError`: the embedding module does more than scale its rows.
     """
 
     def __init__(self, model: Any, table: Tensor | None = None) -> None:
@@ -111,13 +111,13 @@ class Runner:
         rows: Tensor | None = None,
         places: Sequence[tuple[int, int]] = (),
     ) -> Tensor:
-        """What a layer puts out; the layers behind it are not run.
+        """The output of a layer; the layers behind it are not run.
 
         Args:
             layer: a module of the model.
             sequences: `B` lists of ids, padded on the right to the longest.
             rows (`torch.Tensor` of shape `(K, d)`, *optional*): new rows; gradients reach them.
-            places: for each sequence, if there are `rows`, the position of a new token and which row it has.
+            places: for each sequence, if `rows` are given, the position of its new token and the index of its row.
 
         Returns:
             `torch.Tensor` of shape `(B, longest, d)`.
@@ -139,11 +139,10 @@ class Runner:
         )
 
     def head(self, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """A whole pass.
+        """Run the whole model.
 
         Returns:
-            What the head is given `(B, longest, d)`, what it makes of it, and the model's logits
-            `(B, longest, V)`.
+            The head's input `(B, longest, d)`, its output, and the model's logits, both `(B, longest, V)`.
         """
         seen: list[tuple[Tensor, Tensor]] = []
         handle = self.model.get_output_embeddings().register_forward_hook(
@@ -181,7 +180,7 @@ class Runner:
     @staticmethod
     def _replace(new: Tensor, rows: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def replace(_: nn.Module, __: Any, out: Tensor) -> Tensor:
-            # Other calls (a table over other ids, a probe) are not those of the text.
+            # Leave other calls of the module alone, whose ids are not those of the text.
             if out.shape[:2] != new.shape:
                 return out
             return torch.where(new[..., None], rows[:, None].to(out.dtype), out)

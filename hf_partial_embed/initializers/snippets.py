@@ -1,4 +1,4 @@
-"""Short pieces of text around new tokens: as the tokenizer reads them now, and as it will."""
+"""Snippets of text around new tokens, as ids before the tokens are added and as ids afterwards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["PROMPTS", "Snippet", "generate_texts", "snippets_of", "texts_for"]
 # Beginnings of the texts that a model writes about a token, if none are given.
 PROMPTS = ("This text is about {token}", "What is {token}?", "They said that {token}", "In short, {token}")
 
-# Longest text that is cut out around a token, in characters for each token of context.
+# Text cut out on either side of a token, in characters for each id of context.
 _CHARACTERS = 12
 
 
@@ -29,11 +29,11 @@ class Snippet:
 
     Attributes:
         token: which of the new tokens.
-        original: ids as the tokenizer reads the text now.
-        shortened: ids as it will read it; at `start` stands an id that is to be replaced.
+        original: ids of the text without the new token in the tokenizer.
+        shortened: ids with it; the id at `start` is a placeholder, whose embedding is replaced by the new row.
         start: position of the new token in `shortened`, and of its first piece in `original`.
         end: position of its last piece in `original`.
-        following: number of ids behind the token, the same ones in both.
+        following: number of ids behind the token, which are the same in both.
     """
 
     token: int
@@ -48,16 +48,16 @@ def snippets_of(request: InitRequest, texts: Sequence[str], *, context: int, lim
     """Cut the occurrences of the new tokens out of texts.
 
     Args:
-        request: whose tokens, and whose tokenizer.
+        request: has the tokens and the tokenizer.
         texts: any texts.
-        context: number of ids before and after the token, at most.
-        limit: number of snippets for each token, at most; the first ones are taken.
+        context: largest number of ids before, and after, the token.
+        limit: largest number of snippets for each token; the first ones are taken.
 
     Raises:
-        `PartialEmbeddingError`: no text has one of the tokens, or something behind it.
+        `PartialEmbeddingError`: a token that occurs in no text with something before and behind it.
     """
     tokens = list(request.tokens)
-    # A tokenizer finds the longest added token that begins at a place.
+    # As a tokenizer does, take the longest of the tokens that begin at one place.
     pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
     found: dict[int, list[tuple[str, str, str]]] = {index: [] for index in range(len(tokens))}
     reach = context * _CHARACTERS
@@ -90,14 +90,14 @@ def snippets_of(request: InitRequest, texts: Sequence[str], *, context: int, lim
 def _align(
     token: int, opening: list[int], before: list[int], after: list[int], whole: list[int], context: int
 ) -> Snippet | None:
-    """Find where the token's pieces begin and end; `None` where nothing is left around them."""
+    """Find where the token's pieces begin and end; `None` where there is no text on one side of them."""
     start = _common(before, whole)
     behind = _common(after[::-1], whole[start:][::-1])
     end = len(whole) - behind - 1
     dropped = max(0, start - context)
     following = min(behind, context)
     lead = [*opening, *whole[dropped:start]]
-    # The first position of a text is unlike all others (attention gathers there): no place to learn at.
+    # The first position of a text is left out: attention sinks make its hidden states unlike all others.
     if not lead or not following or end < start or behind < len(after):
         return None
     tail = whole[end + 1 : end + 1 + following]
@@ -112,7 +112,7 @@ def _align(
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common beginning."""
+    """Length of the common prefix."""
     length = 0
     while length < min(len(a), len(b)) and a[length] == b[length]:
         length += 1
@@ -120,7 +120,7 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _opening(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts in front of every text: `<s>`, or nothing."""
+    """Ids of the special tokens that the tokenizer puts in front of a text, such as `<s>`; may be empty."""
     (inner,) = encode_all(tokenizer, ["a"], unknown=True)
     outer = tokenizer("a")["input_ids"]
     for length in range(len(outer) - len(inner) + 1):
@@ -132,7 +132,7 @@ def _opening(tokenizer: Any) -> list[int]:
 def texts_for(
     request: InitRequest, texts: Sequence[str] | None, *, prompts: Sequence[str], per_token: int, length: int
 ) -> Sequence[str]:
-    """The texts that were given; else generated ones, the same for all tables of a model."""
+    """The given texts; without them generated ones, the same for all tables of a model."""
     if texts is not None:
         return texts
     key = repr(("texts", tuple(prompts), per_token, length))
@@ -144,11 +144,11 @@ def texts_for(
 
 
 def generate_texts(request: InitRequest, *, prompts: Sequence[str], per_token: int, length: int) -> list[str]:
-    """Texts about the new tokens by the model itself, which reads them in their pieces.
+    """Let the model write texts about the new tokens, which it still reads as their pieces.
 
     Args:
-        request: whose model, tokenizer, tokens and random numbers.
-        prompts: beginnings of texts, with `{token}` in it.
+        request: has the model, the tokenizer, the tokens and the source of random numbers.
+        prompts: beginnings of texts, each with `{token}` in it.
         per_token: number of texts for each token.
         length: of each text, in tokens.
 
@@ -164,7 +164,7 @@ def generate_texts(request: InitRequest, *, prompts: Sequence[str], per_token: i
     for token in request.tokens:
         for number in range(per_token):
             prompt = prompts[number % len(prompts)]
-            # "about {token}" takes the space from the token, if that brings its own.
+            # A token with a leading space of its own replaces the one in "about {token}".
             glued = prompt.replace(" {token}", "{token}") if token[:1].isspace() else prompt
             beginnings.append(glued.replace("{token}", token))
     opening = _opening(tokenizer)
@@ -179,7 +179,7 @@ def generate_texts(request: InitRequest, *, prompts: Sequence[str], per_token: i
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, encoded[0][0]) if i is not None)
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
-        # Prompts of one length at a time: without padding, no model needs to be told how to pad.
+        # Prompts of one length at a time need no padding, whose side models disagree on.
         for indices in by_length.values():
             prompted = torch.tensor([encoded[index] for index in indices], device=device)
             out = model.generate(

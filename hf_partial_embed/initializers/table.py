@@ -1,4 +1,4 @@
-"""Rows from statistics of the whole table."""
+"""Rows from the mean and the covariance of the whole table."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class MultivariateNormal:
 
     `row = m + scale · L z` with `L Lᵀ = C` (Cholesky, or the symmetric root where `C` is singular) and
     `z` standard normal, in float64. transformers' `mean_resizing` multiplies `C` by 1e-9, so that its
-    rows are all but equal; here they are as different as old rows are. Knows nothing of the token.
+    rows are almost equal; here they differ as much as old rows do. The token's text plays no part.
 
     Needs: the table. Cost: two passes over it, `V·d²` products and one factorisation, `d³`.
     Source: Hewitt, "Initializing new word embeddings for pretrained language models", 2021.

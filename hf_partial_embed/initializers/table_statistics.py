@@ -1,4 +1,4 @@
-"""Figures about the rows of a table that belong to tokens; spare rows and padding do not count."""
+"""Statistics of the rows of a table that belong to tokens; spare rows and padding are left out."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 __all__ = ["mean_and_covariance", "norm_range", "root_mean_square", "trained_mask"]
 
-_PART = 8192  # rows at a time, so that no copy of the table in a wider dtype exists
+_PART = 8192  # rows at a time, so that the table is not copied whole in float64
 
 
 def trained_mask(size: int, tokenizer: Any, padding: int | None) -> Tensor:
-    """Bool `[V]`: rows that belong to a token. Spare rows, rows in gaps between ids and the row of the
-    padding are not trained.
+    """Bool `[V]`: rows that belong to a token. Spare rows, rows in gaps between ids and the padding row are not
+    among them.
     """
     trained = torch.zeros(size, dtype=torch.bool)
     trained[[token_id for token_id in tokenizer.get_vocab().values() if token_id < size]] = True
@@ -34,7 +34,7 @@ def _parts(table: Tensor, mask: Tensor) -> Iterator[Tensor]:
 
 
 def mean_and_covariance(table: Tensor, mask: Tensor, *, covariance: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Mean `[...]` and, where wanted, covariance `[d, d]` of the rows in the mask, in float64."""
+    """Mean `[...]` and, if asked for, covariance `[d, d]` of the rows in the mask, in float64."""
     count = max(int(mask.sum()), 1)
     mean = torch.zeros(table.shape[1:], dtype=torch.float64, device=table.device)
     for rows in _parts(table, mask):

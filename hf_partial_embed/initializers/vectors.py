@@ -61,22 +61,22 @@ class Vectors:
     With `X [n, p]` and `Y [n, d]` the vectors and rows of the `n` shared words, `x̄`, `ȳ` their means, and
     `x` the new word's vector:
 
-    - `"ridge"`: `ȳ + (x - x̄) W`, `W = (XᵀX + λI)⁻¹ XᵀY` of the centred ones, `λ` by generalised
+    - `"ridge"`: `ȳ + (x - x̄) W`, `W = (XᵀX + λI)⁻¹ XᵀY` of the centred `X` and `Y`, `λ` by generalised
       cross-validation (Golub, Heath and Wahba, 1979). Cost `n·p·(p + d)`.
     - `"procrustes"`: `ȳ + s (x - x̄) R`, `R` the matrix with orthonormal rows (or columns) and `s` the
-      scale that bring the centred ones nearest together (Schönemann, 1966). Cost as above.
+      scale that bring the centred `X` nearest to `Y` (Schönemann, 1966). Cost as above.
     - `"neighbours"`: `Σ w_i y_i` with `w` the sparsemax (or entmax) of the cosines between `x` and the
       shared words' vectors, divided by `temperature`; as FOCUS does (Dobler and de Melo, EMNLP 2023).
       Cost `n·p` for each token.
 
-    A word is compared without the spaces around it, and in lower case where it is not found as it is. A
-    token without a vector starts at the mean of its pieces; a warning names it.
+    A token is looked up without the spaces around it, and in lower case if that is not found. A token without a
+    vector starts at the mean of its pieces; a warning names it.
 
     Args:
         vectors: vectors by word, all of one length.
         method: `"ridge"`, `"procrustes"` or `"neighbours"`.
-        weighting: of neighbours, `"sparsemax"` or `"entmax15"`.
-        temperature: of neighbours; the smaller, the fewer they are.
+        weighting: for `"neighbours"`: `"sparsemax"` or `"entmax15"`.
+        temperature: for `"neighbours"`: the smaller, the fewer have a weight.
 
     Raises:
         `PartialEmbeddingError`: an unknown option; fewer than two shared words.
@@ -100,7 +100,7 @@ class Vectors:
     def __call__(self, request: InitRequest) -> Tensor:
         rows = subtoken_mean(request)
         if request.role == "bias":
-            return rows  # words that are similar are not therefore equally frequent
+            return rows  # similar words are not equally frequent, which is what a bias tells
         ids, known = self._shared(request)
         wanted = {index: self._find(token) for index, token in enumerate(request.tokens)}
         found = {index: vector for index, vector in wanted.items() if vector is not None}
@@ -154,7 +154,7 @@ class Vectors:
 
 
 def _ridge(known: Tensor, old: Tensor) -> Tensor:
-    """`W [p, d]` for centred `X [n, p]`, `Y [n, d]`, with the penalty of the least generalised error."""
+    """`W [p, d]` for centred `X [n, p]`, `Y [n, d]`, with the penalty that generalised cross-validation finds best."""
     left, values, right = torch.linalg.svd(known, full_matrices=False)
     projected = left.T @ old
     outside = old.square().sum() - projected.square().sum()
