@@ -85,8 +85,7 @@ def mean_rows(table: Table, count: int) -> Tensor:
 def add_spare_rows(model: Any, size: int) -> int:
     """Grow a model's vocabulary by rows that no token has yet, each the mean of the old rows.
 
-    Tokens that are added later take these rows, and no shape changes any more. The logits over the old vocabulary
-    are those of before.
+    Tokens that are added later take these rows, and no shape changes any more. The old rows keep every bit.
 
     Args:
         model: a `transformers` model without rows attached.

@@ -67,9 +67,7 @@ def _add(options: argparse.Namespace) -> int:
     tokens = read_tokens(Path(options.tokens)) if options.tokens else []
     spare, multiple = options.spare, options.pad_to_multiple_of
     if spare < 0 or multiple < 1:
-        raise PartialEmbeddingError(
-            f"--spare {spare} --pad-to-multiple-of {multiple}: give numbers of at least 0 and 1."
-        )
+        raise PartialEmbeddingError(f"--spare {spare} --pad-to-multiple-of {multiple}: at least 0 and 1 are needed.")
     wants_rows = spare or multiple > 1
     if not options.tokens and not wants_rows:
         raise PartialEmbeddingError("Nothing is to be added. Give a file of tokens, or --spare N.")
@@ -86,13 +84,9 @@ def _add(options: argparse.Namespace) -> int:
         added = dict(zip(partial.tokens, partial.token_ids, strict=True))
     rows = 0
     if wants_rows:
-        # Behind the tokens, wherever the table ends.
-        multiple = options.pad_to_multiple_of
-        size = (
-            -(-max(len(tokenizer) + options.spare, model.get_input_embeddings().num_embeddings) // multiple) * multiple
-        )
-        if size > model.get_input_embeddings().num_embeddings:
-            rows = add_spare_rows(model, size)
+        there = model.get_input_embeddings().num_embeddings
+        size = -(-max(len(tokenizer) + spare, there) // multiple) * multiple
+        rows = add_spare_rows(model, size) if size > there else 0
     with fresh_folder(options) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

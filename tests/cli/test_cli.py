@@ -290,14 +290,14 @@ def test_command_is_installed_under_its_name():
     assert result.stdout == "hf-partial-embed 0.1.0\n"
 
 
-def test_add_grows_a_base_for_adapters(capsys, base, tmp_path):
+def test_add_grows_a_base_for_adapters(base, capsys, tmp_path):
     out = tmp_path / "grown"
     status, result = run_json(capsys, "add", base, out, "--spare", 10, "--pad-to-multiple-of", 64)
     assert (status, result["tokens"], result["spare_rows"], result["rows_added"]) == (0, {}, 20, 20)
     model, plain = AutoModelForCausalLM.from_pretrained(out), AutoModelForCausalLM.from_pretrained(base)
     assert model.config.vocab_size == 320
-    ids = torch.tensor([[5, 7, 9]])
-    assert torch.equal(logits_of(model, ids)[..., :300], logits_of(plain, ids))
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name][: len(tensor)], tensor), name
     partial = add_tokens(model, AutoTokenizer.from_pretrained(out), ["<think>"])
     assert model.config.vocab_size == 320 and partial.token_ids == [300]
 
@@ -309,7 +309,8 @@ def test_add_says_what_is_wrong_with_spare_rows(capsys, base, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
-def test_convert_to_lora_alone_and_joined(capsys, base, rows, tmp_path):
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_convert_to_lora_alone_and_joined(base, rows, capsys, tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
 
     folder, partial = rows
