@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .attachment.options import check_options
 from .attachment.partial import PartialEmbedding, TokenRows, attach_rows
+from .attachment.traps import warn_of_traps
 from .errors import PartialEmbeddingError, shorten
 from .initializers import Initializer, resolve
 from .initializers.initial_values import initial_values
@@ -77,9 +78,11 @@ def add_tokens(
     check_options(layout, strategy, output, dtype)
     rows = initial_values(model, tokenizer, layout, added, list(starts.values()) or None, init, seed)
     pieces = encode_all(tokenizer, [token.content for token in added], unknown=True)
-    return attach_rows(
+    partial = attach_rows(
         model, tokenizer, layout, tokens=added, rows=rows, strategy=strategy, output=output, dtype=dtype, pieces=pieces
     )
+    warn_of_traps(partial)
+    return partial
 
 
 def train_tokens(

@@ -41,6 +41,7 @@ from hf_partial_embed import (
     train_tokens,
 )
 from hf_partial_embed.modules.splitting import split_module
+from hf_partial_embed.training.diagnostics import RowDiagnostics
 from hf_partial_embed.training.optimizers import auto_learning_rate
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -641,6 +642,70 @@ def loaded_on_one_process(folder: Path) -> None:
     by_trainer("FSDP", **fsdp_options(cpu_ram_efficient_loading=True))(Setting(dtype=torch.bfloat16), folder)
 
 
+class _FusedLoss:
+    """Takes the logits out of the output, as a fused loss leaves it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.logits = []
+        model.register_forward_hook(self._drop)
+
+    def _drop(self, module, args, output):
+        self.logits.append(output.logits.detach())
+        return type(output)(loss=output.loss)
+
+
+def leak_is_measured_where_one_process_has_no_position(folder: Path) -> None:
+    """The head is a group of its own, which both processes have to gather; only one has old tokens as labels."""
+    for root, own in ((False, True), (False, False), (True, False)):
+        setting = Setting(tied=False)
+        model, tokenizer = frozen_model(setting), bpe_tokenizer()
+        partial = add_tokens(model, tokenizer, TOKENS)
+        if own:
+            fully_shard(model.lm_head)
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model, reshard_after_forward=root)
+        fused, diagnostics = _FusedLoss(model), RowDiagnostics(partial)
+        diagnostics.start()
+        diagnostics.sampling = True
+        old = torch.arange(10, 18).repeat(2, 1)
+        nothing = torch.full_like(old, -100)
+        # The process without a position at the first forward has one at the second.
+        for labels in (old, nothing) if RANK == 0 else (nothing, old):
+            model(input_ids=old, labels=labels)
+        found = diagnostics.values().get("leak")
+        diagnostics.stop()
+        if root and not own:  # not here any more after the forward, and no module to bring it back
+            assert found is None, found
+        elif RANK == 0:
+            probabilities = fused.logits[0][:, :-1].softmax(-1)[..., partial.token_ids].sum(-1)
+            assert abs(found - probabilities.mean().item()) < 1e-6, (found, probabilities.mean())
+        else:
+            assert found is None, found
+        dist.barrier()
+
+
+def gradient_norm_is_that_of_all_processes(shard: Callable[[nn.Module], nn.Module]) -> Callable:
+    def run(folder: Path) -> None:
+        norms = []
+        for sharded in (False, True):
+            setting = Setting(tied=False)
+            model, tokenizer = base_model(setting), bpe_tokenizer()
+            partial = add_tokens(model, tokenizer, TOKENS)
+            wrapped = shard(model) if sharded else model
+            ids = torch.arange(8).repeat(2, 1)
+            ids[:, 2:5] = torch.tensor(partial.token_ids)
+            loss_of(wrapped, ids).backward()  # the same on both, so that the mean over processes is what one has
+            diagnostics = RowDiagnostics(partial)
+            diagnostics.start()
+            diagnostics.sampling = True
+            diagnostics.look_at_gradients()
+            norms.append(diagnostics.values()["grad_norm"])
+        assert abs(norms[0] - norms[1]) <= 1e-5 * norms[0], norms
+
+    return run
+
+
 TRAININGS = {
     "ddp": ddp,
     "ddp-trainer": by_trainer("DistributedDataParallel"),
@@ -654,7 +719,10 @@ TRAININGS = {
 OTHERS = {
     "ddp": {"mask": mask_is_right, "bytes": ddp_sends_rows_only},
     "ddp-trainer": {"mask": mask_is_right_in_trainer},
-    "fsdp1": {"mask": refuses_mask(sharded_by_fsdp1)},
+    "fsdp1": {
+        "mask": refuses_mask(sharded_by_fsdp1),
+        "gradient-norm": gradient_norm_is_that_of_all_processes(sharded_by_fsdp1),
+    },
     "fsdp2": {
         "mask": refuses_mask(sharded_by_fsdp2),
         "bytes": fsdp2_reduces_rows_only,
@@ -666,6 +734,8 @@ OTHERS = {
         "verify": a_changed_row_is_found_on_every_process,
         "rate": rate_of_old_rows_and_no_chunked_loss,
         "tensor-parallelism": refuses_tensor_parallelism,
+        "gradient-norm": gradient_norm_is_that_of_all_processes(sharded_by_fsdp2),
+        "leak": leak_is_measured_where_one_process_has_no_position,
     },
     "fsdp2-trainer": {"loaded-on-one-process": loaded_on_one_process},
     "zero1-trainer": {"mask": refuses_mask_in_trainer, "shared-group": refuses_a_shared_group},

@@ -9,9 +9,11 @@ tests install (`DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed`):
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 from distributed_cases import OTHERS, SETTINGS, TRAININGS
-from two_processes import results
+from two_processes import open_store, results
 
 CASES = [setting.name for setting in SETTINGS]
 SLOW = {"fsdp2-trainer", "fsdp2-transformers"}
@@ -29,6 +31,13 @@ def check(engine: str, case: str) -> None:
     assert not found.get("process"), found["process"]
     assert case in found, f"{engine} has run {sorted(found)}"
     assert not found[case], found[case]
+
+
+def test_the_port_where_processes_meet_is_never_free_for_others():
+    store, meeting = open_store()
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", int(meeting["MASTER_PORT"])))
+    assert store.port == int(meeting["MASTER_PORT"])
 
 
 @pytest.mark.parametrize("case", CASES)

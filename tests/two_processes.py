@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 from functools import cache
 from pathlib import Path
 
+from torch.distributed import TCPStore
+
 CASES = Path(__file__).with_name("distributed_cases.py")
 SECONDS = 300
+
+
+def open_store() -> tuple[TCPStore, dict[str, str]]:
+    """A store in this process, at a port of the system's choice that is held as long as the store is, and the
+    variables that let other processes meet there: as clients, as under torchrun."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return store, {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
 
 
 @cache
 def results(engine: str) -> dict[str, str]:
     """What became of each case of an engine: an empty text, or what was raised, with the process's number."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store, meeting = open_store()
     with tempfile.TemporaryDirectory() as folder:
         processes = []
         for rank in range(2):
             env = {
                 **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-                "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true",
+                "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true", **meeting,
             }  # fmt: skip
             with (Path(folder) / f"{rank}.log").open("w") as log:
                 command = [sys.executable, str(CASES), engine, folder]
@@ -38,6 +46,7 @@ def results(engine: str) -> dict[str, str]:
         finally:
             for process in processes:
                 process.kill()
+            del store
         found: dict[str, str] = {}
         for rank, process in enumerate(processes):
             path = Path(folder) / f"{rank}.json"

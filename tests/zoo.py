@@ -121,6 +121,8 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {"n_routed_experts": 4, "num_experts_per_tok": 2, "topk_method": "greedy"},
     "dia_decoder": {"vocab_size": 29},
+    "diffusion_gemma": {"canvas_length": 8},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "emu3": {"vocabulary_map": {"<image>": 10}},
     "ernie4_5_vl_moe_text": {"moe_num_experts": 4},

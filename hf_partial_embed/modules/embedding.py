@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +12,16 @@ from torch import Tensor, nn
 
 from ..errors import PartialEmbeddingError
 from .rows import PartialModule, TableProperty
-from .splitting import check_ids, fast_class, present_rows, share_state, split_class, split_module
+from .splitting import (
+    check_base_size,
+    check_ids,
+    check_module,
+    fast_class,
+    present_rows,
+    share_state,
+    split_class,
+    split_module,
+)
 
 __all__ = ["SplitEmbedding"]
 
@@ -29,8 +39,8 @@ class SplitEmbedding(PartialModule, nn.Embedding):
             is tied to it; all of them if not given.
 
     Raises:
-        `PartialEmbeddingError`: ids out of range or repeated; `max_norm`, `sparse` or
-            `scale_grad_by_freq` is set (the first rewrites frozen rows at every lookup, the other two
+        `PartialEmbeddingError`: no `nn.Embedding`, or a quantised one; ids out of range or repeated; `max_norm`,
+            `sparse` or `scale_grad_by_freq` is set (the first rewrites frozen rows at every lookup, the other two
             serve gradients of whole tables, which there are none of here).
 
     Example:
@@ -58,15 +68,17 @@ class SplitEmbedding(PartialModule, nn.Embedding):
         dtype: torch.dtype | None = None,
         base_size: int | None = None,
     ) -> None:
+        check_module(embedding, nn.Embedding, "SplitEmbedding")
         ids = check_ids(trainable_ids, embedding.num_embeddings)
-        share_state(embedding, self)
+        check_base_size(base_size, embedding.num_embeddings)
         rows = {"weight": present_rows(embedding.weight, ids, dtype)}
+        share_state(embedding, self)
         split_module(self, rows, ids, base_size=base_size)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
-        vectors: Tensor,
+        vectors: Any,
         num_new: int,
         *,
         padding_idx: int | None = None,
@@ -80,7 +92,8 @@ class SplitEmbedding(PartialModule, nn.Embedding):
         with the mean and the standard deviation that the vectors have in each dimension.
 
         Args:
-            vectors (`torch.Tensor` of shape `(V, dim)`): the pretrained vectors; copied once.
+            vectors (`torch.Tensor` of shape `(V, dim)`): the pretrained vectors, which are copied; or a NumPy array
+                or nested list of this shape. The module has their dtype, as `torch.as_tensor` gives it.
             num_new (`int`): number of trainable rows, at least 1.
             padding_idx (`int`, *optional*): as in `nn.Embedding`, in `[-(V + num_new), V + num_new)`.
             dtype (`torch.dtype`, *optional*): dtype of the trainable rows; the vectors' if not given.
@@ -89,16 +102,7 @@ class SplitEmbedding(PartialModule, nn.Embedding):
         Raises:
             `PartialEmbeddingError`: `vectors` is not a floating-point matrix, or `num_new` is below 1.
         """
-        if vectors.dim() != 2 or not vectors.is_floating_point():
-            raise PartialEmbeddingError(
-                f"SplitEmbedding.from_pretrained needs a floating-point matrix of shape (V, dim), but got "
-                f"shape {tuple(vectors.shape)} of {vectors.dtype}."
-            )
-        if isinstance(num_new, bool) or not isinstance(num_new, int) or num_new < 1:
-            raise PartialEmbeddingError(
-                f"num_new={num_new!r} is not a number of rows that can train. Pass an int of at least 1, "
-                "or use nn.Embedding.from_pretrained where nothing is to be learned."
-            )
+        vectors, num_new = _matrix(vectors), _count(num_new)
         size, width = vectors.shape
         table = vectors.new_empty(size + num_new, width, requires_grad=False)
         table[:size] = vectors.detach()
@@ -150,3 +154,38 @@ class SplitEmbedding(PartialModule, nn.Embedding):
         padding_row = None if self.padding_idx is None else source.index.row_of.get(self.padding_idx)
         new = F.embedding(row, source.rows(), padding_row)
         return torch.where(is_new.unsqueeze(-1), new.to(old.dtype), old)
+
+
+def _matrix(vectors: Any) -> Tensor:
+    """Vectors as a tensor, without a copy where there need be none."""
+    seen = type(vectors).__name__
+    if not isinstance(vectors, Tensor):
+        # Of memory that must not be written to, such as a mapped file, as_tensor warns.
+        writable = getattr(getattr(vectors, "flags", None), "writeable", True)
+        try:
+            vectors = torch.as_tensor(vectors) if writable else torch.tensor(vectors)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise PartialEmbeddingError(
+                "SplitEmbedding.from_pretrained needs a floating-point matrix of shape (V, dim), as a tensor, a NumPy "
+                f"array or a nested list, but got {seen}: {error}"
+            ) from error
+    if vectors.dim() != 2 or not vectors.is_floating_point() or vectors.layout != torch.strided:
+        raise PartialEmbeddingError(
+            f"SplitEmbedding.from_pretrained needs a floating-point matrix of shape (V, dim), but got {seen} of shape "
+            f"{tuple(vectors.shape)}, {vectors.dtype}, {vectors.layout}."
+        )
+    matrix: Tensor = vectors
+    return matrix
+
+
+def _count(num_new: Any) -> int:
+    try:
+        count = 0 if isinstance(num_new, bool) else operator.index(num_new)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise PartialEmbeddingError(
+            f"num_new={num_new!r} is not a number of rows that can train. Pass an int of at least 1, "
+            "or use nn.Embedding.from_pretrained where nothing is to be learned."
+        )
+    return count

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from ..errors import PartialEmbeddingError
 from .embedding import SplitEmbedding
 from .rows import PartialModule, RowIndex, TableProperty, apply
-from .splitting import check_ids, fast_class, present_rows, share_state, split_class, split_module
+from .splitting import (
+    check_base_size,
+    check_ids,
+    check_module,
+    fast_class,
+    present_rows,
+    share_state,
+    split_class,
+    split_module,
+)
 
 __all__ = ["HeadOperands", "SplitLinear", "head_gradient", "head_logits", "row_columns"]
 
@@ -148,8 +157,8 @@ class SplitLinear(PartialModule, nn.Linear):
             to be equal to the bit to those of then; all of them if not given.
 
     Raises:
-        `PartialEmbeddingError`: ids out of range or repeated; not exactly one of `trainable_ids` and
-            `tied_to`; `tied_to` has another weight.
+        `PartialEmbeddingError`: no `nn.Linear`, or a quantised one; ids out of range or repeated; not exactly one
+            of `trainable_ids` and `tied_to`; `tied_to` is not split or has another weight.
     """
 
     weight: Any = TableProperty("weight")
@@ -172,21 +181,33 @@ class SplitLinear(PartialModule, nn.Linear):
         dtype: torch.dtype | None = None,
         base_size: int | None = None,
     ) -> None:
+        check_module(linear, nn.Linear, "SplitLinear")
         if (trainable_ids is None) == (tied_to is None):
             raise PartialEmbeddingError("SplitLinear needs exactly one of trainable_ids and tied_to.")
+        if tied_to is not None and not isinstance(tied_to, SplitEmbedding):
+            raise PartialEmbeddingError(
+                f"SplitLinear(tied_to=...) needs a SplitEmbedding, but got {type(tied_to).__name__}. Split the "
+                "embedding first: SplitEmbedding(embedding, trainable_ids=...)."
+            )
         if tied_to is not None and linear.weight is not tied_to._parameters["weight"]:
             raise PartialEmbeddingError(
                 "SplitLinear(tied_to=...) needs a head that shares its weight with the embedding: set "
                 "`linear.weight = embedding.weight` before the embedding is split."
             )
         shared = None if tied_to is None else tied_to._row_sources["weight"]
-        ids = list(shared.index.ids) if shared else check_ids(trainable_ids or (), linear.out_features)
-        share_state(linear, self)
+        if not shared:
+            assert trainable_ids is not None
+            ids = check_ids(trainable_ids, linear.out_features)
+        else:
+            ids = list(shared.index.ids)
+        check_base_size(base_size, linear.out_features)
         names = ["bias"] if shared else ["weight", "bias"]
         tables = {name: table for name in names if (table := linear._parameters[name]) is not None}
+        rows = {name: present_rows(table, ids, dtype) for name, table in tables.items()}
+        share_state(linear, self)
         split_module(
             self,
-            {name: present_rows(table, ids, dtype) for name, table in tables.items()},
+            rows,
             ids,
             shared={"weight": shared} if shared else {},
             base_size=base_size,

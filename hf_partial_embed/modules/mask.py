@@ -17,7 +17,7 @@ from torch.utils.hooks import unserializable_hook
 from ..errors import PartialEmbeddingError
 from .rows import PartialModule
 from .sharding import sharding_of
-from .splitting import check_ids
+from .splitting import check_ids, check_module
 
 __all__ = ["MaskHandle", "mask_gradients", "unwrap_optimizer"]
 
@@ -51,13 +51,15 @@ def mask_gradients(
         raise PartialEmbeddingError(
             f"mask_gradients needs an nn.Embedding or nn.Linear, but got {type(module).__name__}."
         )
+    check_module(module, nn.Embedding if isinstance(module, nn.Embedding) else nn.Linear, "mask_gradients")
     if (trainable_ids is None) == (frozen_ids is None):
         raise PartialEmbeddingError("mask_gradients needs exactly one of trainable_ids and frozen_ids.")
     size = module.weight.shape[0]
     if frozen_ids is not None:
         frozen = set(check_ids(frozen_ids, size))
         trainable_ids = [row for row in range(size) if row not in frozen]
-    ids = check_ids(trainable_ids or (), size)
+    assert trainable_ids is not None
+    ids = check_ids(trainable_ids, size)
     names = ["weight"] + (["bias"] if getattr(module, "bias", None) is not None else [])
     return MaskHandle(dict.fromkeys(names, module), ids).install()
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import PartialEmbeddingError
 from .sharding import is_dtensor, is_sharded, set_whole, whole, whole_rows, write_rows
 
 __all__ = [
@@ -324,6 +325,14 @@ class PartialModule(nn.Module):
         # The class is made at run time, so it is pickled as what it is made of.
         names = tuple(sorted(self._table_names))
         return _rebuild, (self._make_class, self._unsplit_class, names), self.__getstate__()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        # Whatever is returned here, torch.jit.script also puts in the place of this module in the model itself.
+        raise PartialEmbeddingError(
+            f"{type(self).__name__} cannot be compiled by torch.jit.script. Use torch.export.export, or "
+            "script a copy of the model with a plain module in its place, such as "
+            "nn.Embedding.from_pretrained(module.weight.detach().clone())."
+        )
 
     _make_class: Callable[..., type[nn.Module]]
     _unsplit_class: type[nn.Module] = nn.Module

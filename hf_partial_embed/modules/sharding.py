@@ -23,6 +23,7 @@ from .digest import row_digests
 __all__ = [
     "Part",
     "from_any_process",
+    "gradient_norm",
     "is_dtensor",
     "is_sharded",
     "part_of",
@@ -246,6 +247,40 @@ def trained_rows(parameter: Tensor, shape: Sequence[int]) -> Tensor:
             values: Tensor = master.detach().view(tuple(shape))
             return values
     return whole(parameter, shape)
+
+
+@torch.no_grad()
+def gradient_norm(
+    parameter: Tensor, shape: Sequence[int], dim: int = 0, ids: Sequence[int] | None = None
+) -> float | None:
+    """The L2 norm of the gradient that a parameter has now, of all of it; `None` where it has none.
+
+    Where it is sharded by FSDP every process has to call it, and gets the same.
+
+    Args:
+        parameter: as its module has it now.
+        shape: of the whole of it.
+        dim: the dimension of its rows.
+        ids: rows that count, where not all do and the parameter is whole.
+    """
+    gradient: Any = parameter.grad
+    if is_dtensor(parameter):
+        return None if gradient is None else float(gradient.full_tensor().float().norm())
+    if hasattr(parameter, "ds_id") or not is_sharded(parameter, shape):  # DeepSpeed keeps gradients elsewhere
+        if gradient is None:
+            return None
+        return float(
+            (gradient if ids is None else gradient.index_select(dim, _index(ids, gradient.device))).float().norm()
+        )
+    # FSDP1: squares, whether there is a gradient, and how many numbers there are, which is more than once
+    # all of them where the parts are replicated (HYBRID_SHARD).
+    square = 0.0 if gradient is None else float(gradient.float().square().sum())
+    sums = torch.tensor([square, gradient is not None, parameter.numel()], dtype=torch.float64)
+    if dist.get_backend() == "nccl":
+        sums = sums.to(parameter.device)
+    dist.all_reduce(sums)
+    square, count, size = sums.tolist()
+    return (square * math.prod(shape) / size) ** 0.5 if count else None
 
 
 @torch.no_grad()

@@ -19,7 +19,9 @@ from ..errors import PartialEmbeddingError, shorten
 from .rows import ForwardScope, NewRows, PartialModule, RowIndex, RowSource, TableProperty
 
 __all__ = [
+    "check_base_size",
     "check_ids",
+    "check_module",
     "fast_class",
     "next_row_name",
     "present_rows",
@@ -204,12 +206,56 @@ def unsplit_module(module: nn.Module, names: dict[str, str], shared: Iterable[st
         module.__dict__.pop("_forward_scope", None)
 
 
+def check_module(module: Any, plain: type[nn.Module], user: str) -> None:
+    """Check that a module is of class `plain`, and has a table whose rows can train.
+
+    Args:
+        module: what was given.
+        plain: `nn.Embedding` or `nn.Linear`.
+        user: who needs it, for the message.
+
+    Raises:
+        `PartialEmbeddingError`: names what was given instead, and what to do with it.
+    """
+    kind = type(module).__name__
+    if not isinstance(module, plain):
+        other = next((fast for base, fast in _FAST_CLASSES.items() if isinstance(module, base)), None)
+        if isinstance(module, nn.EmbeddingBag):
+            remedy = "Split an nn.Embedding of the same weight, and take the mean or sum over each bag of its output."
+        elif isinstance(module, Tensor):
+            remedy = f"Put it into a module first, such as nn.{plain.__name__}"
+            remedy += ".from_pretrained(...)." if plain is nn.Embedding else "."
+        elif other is not None:
+            remedy = f"Use {other.__name__} for it."
+        else:
+            remedy = f"Pass the nn.{plain.__name__} itself."
+        raise PartialEmbeddingError(f"{user} needs an nn.{plain.__name__}, but got {kind}. {remedy}")
+    weight = module._parameters.get("weight")
+    if weight is not None and isinstance(weight, nn.parameter.UninitializedParameter):
+        raise PartialEmbeddingError(f"{user} got {kind}, whose weight has no shape yet. Run it once first.")
+    if weight is not None and not weight.is_floating_point():
+        raise PartialEmbeddingError(
+            f"{user} got {kind} with a weight of {weight.dtype}, whose rows cannot be trained. Split the module "
+            "before it is quantised, or leave it out of the quantisation."
+        )
+
+
+def check_base_size(base_size: Any, size: int) -> None:
+    if base_size is not None and (type(base_size) is not int or not 0 <= base_size <= size):
+        raise PartialEmbeddingError(
+            f"base_size={base_size!r} is not a number of rows that a table of {size} had before it grew: give an int "
+            f"from 0 to {size}, or nothing."
+        )
+
+
 def check_ids(ids: Iterable[int], size: int) -> list[int]:
     """The ids as a list of ints.
 
     Raises:
         `PartialEmbeddingError`: none, repeated, not whole numbers, or outside of `[0, size)`.
     """
+    if not isinstance(ids, Iterable):
+        raise PartialEmbeddingError(f"Row ids must be a list of whole numbers, but got {ids!r}.")
     values = ids.flatten().tolist() if isinstance(ids, Tensor) else list(ids)
     try:
         checked = [operator.index(value) for value in values if not isinstance(value, bool)]
@@ -231,6 +277,9 @@ def check_ids(ids: Iterable[int], size: int) -> list[int]:
 
 
 def present_rows(table: Tensor, ids: Sequence[int], dtype: torch.dtype | None) -> nn.Parameter:
+    """A parameter with the values that rows of a table have now, in `dtype` (the table's if not given)."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise PartialEmbeddingError(f"dtype={dtype} cannot be trained. Choose a floating-point torch.dtype.")
     index = torch.tensor(list(ids), device=table.device)
     return nn.Parameter(table.detach().index_select(0, index).to(dtype or table.dtype).clone())
 

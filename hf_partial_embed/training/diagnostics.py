@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import logging
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..attachment.partial import PartialEmbedding
 from ..errors import shorten
 from ..evaluation.leak import leak
+from ..modules.sharding import gradient_norm, is_dtensor
 from ..tokens.vocabulary import encode_all
 
 __all__ = ["RowDiagnostics", "split_elsewhere"]
@@ -36,12 +38,12 @@ class RowDiagnostics:
 
     | name | meaning |
     | --- | --- |
-    | `grad_norm` | L2 norm of the rows' gradient, after clipping |
+    | `grad_norm` | L2 norm of the rows' gradient, after clipping, over all processes |
     | `norm`, `output_norm` | mean L2 norm of the new rows, of the input embeddings and of the head |
     | `norm_percentile`, `output_norm_percentile` | the part of the old rows' norms that are smaller, in percent, mean over the new rows; near 0 or 100 they are unlike all others |
     | `unseen_inputs`, `unseen_labels` | number of tokens that no batch has had yet, as input or as label |
     | `least_seen` | how often the rarest token was an input so far |
-    | `leak` | mean probability on the new tokens where none of them is the label |
+    | `leak` | mean probability on the new tokens where none of them is the label, in this process's batch |
 
     Args:
         partial: the rows.
@@ -55,7 +57,8 @@ class RowDiagnostics:
         self._hooks: list[Any] = []
         self._hidden: Tensor | None = None
         self._labels: Tensor | None = None
-        self._gradient: Tensor | None = None
+        self._gradient: float | None = None
+        self._asked_head = False
         self._leak: float | None = None
         self._kept: list[Tensor] | None = None
         self._watched = False
@@ -102,19 +105,19 @@ class RowDiagnostics:
 
     @torch.no_grad()
     def look_at_gradients(self) -> None:
-        """Take the norm of the gradients that are there now, if this step is one to be logged."""
+        """Take the norm of the gradients that are there now, if this step is one to be logged; on every process."""
         if not self.sampling:
             return
-        found = map(self._gradient_of, self.partial.trained_tables().values())
-        gradients = [gradient for gradient in found if gradient is not None]
-        if gradients:
-            self._gradient = torch.stack([gradient.float().norm().cpu() for gradient in gradients]).norm()
+        found = [self._gradient_norm(table) for table in self.partial.trained_tables().values()]
+        norms = [norm for norm in found if norm is not None]
+        if norms:
+            self._gradient = math.hypot(*norms)
 
     def values(self) -> dict[str, float]:
         """The values to be logged, see above; those that are not known are left out."""
         found: dict[str, float] = {}
         if self._gradient is not None:
-            found["grad_norm"] = self._gradient.item()
+            found["grad_norm"] = self._gradient
         rows = self.partial.token_rows().tensors()
         for key, name in (("input_rows", "norm"), ("output_rows", "output_norm")):
             if key in rows:
@@ -133,6 +136,7 @@ class RowDiagnostics:
         if self._leak is not None:
             found["leak"] = self._leak
         self._gradient = self._leak = None
+        self._asked_head = False
         return found
 
     def end_of_epoch(self) -> None:
@@ -174,17 +178,12 @@ class RowDiagnostics:
             norms = table.rows(ids).float().norm(dim=1)
             yield key, sorted(norms[norms > 0].tolist())  # rows of zeros are padding and spare places
 
-    def _gradient_of(self, table: Any) -> Tensor | None:
-        parameter = self.partial.parameter_of(table)
-        gradient = parameter.grad
-        if gradient is None:
-            return None
-        if hasattr(gradient, "full_tensor"):
-            gradient = gradient.full_tensor()
+    def _gradient_norm(self, table: Any) -> float | None:
+        parameter, ids = self.partial.parameter_of(table), self.partial.token_ids
         if self.partial.strategy == "mask":
-            index = torch.tensor(self.partial.token_ids, device=gradient.device)
-            return gradient.index_select(table.dim, index)
-        return gradient
+            return gradient_norm(parameter, table.shape, table.dim, ids)
+        others = [size for dim, size in enumerate(table.shape) if dim != table.dim]
+        return gradient_norm(parameter, (len(ids), *others))
 
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._hooks or not module.training or torch.compiler.is_compiling():
@@ -227,17 +226,28 @@ class RowDiagnostics:
         states = logits if has_logits else hidden if causal else None
         if states is None or states.dim() != 3 or states.shape[:2] != labels.shape:
             return
+        if not has_logits:  # a fused loss: the head is asked for the sample
+            if self._asked_head or not _can_be_asked(model.get_output_embeddings()):
+                return
+            self._asked_head = True
+        sample = states.reshape(-1, states.shape[-1])[:1]
         if causal:
             states, labels = states[:, :-1], labels[:, 1:]
         is_new = torch.isin(labels, self._ids.to(labels.device))
         positions = ((labels != -100) & ~is_new).reshape(-1).nonzero().flatten()
-        if not len(positions):
-            return
-        step = -(-len(positions) // _SAMPLED_POSITIONS)
-        sample = states.reshape(-1, states.shape[-1])[positions[::step]]
-        if not has_logits:  # a fused loss: the head is asked for the sample
-            sample = model.get_output_embeddings()(sample)
-        self._leak = leak(sample, labels.reshape(-1)[positions[::step]], self.partial.token_ids)
+        if len(positions):
+            positions = positions[:: -(-len(positions) // _SAMPLED_POSITIONS)]
+            sample = states.reshape(-1, states.shape[-1])[positions]
+        # Where the head is sharded it runs on all processes together: at the same forward, and with any position
+        # on a process that has none of these.
+        logits = sample if has_logits else model.get_output_embeddings()(sample)
+        if len(positions):
+            self._leak = leak(logits, labels.reshape(-1)[positions], self.partial.token_ids)
+
+
+def _can_be_asked(head: Any) -> bool:
+    """Whether the head runs outside of the model's forward: not where its parts come together with other modules'."""
+    return not is_dtensor(head._parameters["weight"]) or hasattr(head, "unshard")
 
 
 def split_elsewhere(

@@ -169,7 +169,7 @@ def test_copy_of_a_model_in_training_is_not_watched(tmp_path):
 def test_nothing_is_computed_at_steps_that_are_not_logged(tmp_path, monkeypatch):
     model, _, partial = prepared()
     asked = []
-    monkeypatch.setattr(RowDiagnostics, "_gradient_of", lambda self, table: asked.append(table) or None)
+    monkeypatch.setattr(RowDiagnostics, "_gradient_norm", lambda self, table: asked.append(table) or None)
     options = {"logging_steps": 3, "num_train_epochs": 7, "per_device_train_batch_size": 2}
     trainer_of(tmp_path, model, [PartialEmbeddingCallback(partial)], **options).train()
     assert len(asked) == 2
