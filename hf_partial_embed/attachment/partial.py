@@ -110,6 +110,9 @@ class PartialEmbedding:
     def verify(self) -> None:
         """Check that no frozen row has changed by one bit since the rows were attached.
 
+        A cast of the whole model or table is no change: a wider dtype is compared with the old bits; a float32 table
+        that was cast to bfloat16 or float16 with its old values, rounded, and a warning says so.
+
         In a sharded run every process calls it, and comes to the same result; a digest of each row is exchanged.
 
         Raises:
