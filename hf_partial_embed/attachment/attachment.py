@@ -292,8 +292,8 @@ class Attachment:
                 changed[table.name] = rows
             elif known_as is None:
                 logger.warning(
-                    "%s was cast from %s to %s since the tokens were attached. Its frozen rows cannot be compared with "
-                    "what they were: no bits of them are known in that dtype.", table.name, own, now,
+                    "%s was cast from %s to %s since the tokens were attached. Its frozen rows cannot be compared "
+                    "with what they were: no bits of them are known in that dtype.", table.name, own, now,
                 )  # fmt: skip
             elif known_as != own:
                 logger.warning(

@@ -32,7 +32,7 @@ def row_digests(table: Tensor, dim: int = 0, through: Sequence[torch.dtype] = ()
     rows = table.shape[0]
     if through:
         step = max(1, _CHUNK_BYTES // max(1, 8 * table[:1].numel()))
-        parts = [row_digests(_cast(part, through)) for part in table.split(step)] if rows else []
+        parts = [row_digests(_cast(part, through)) for part in torch.split(table, step)] if rows else []
         return torch.cat([torch.empty(0, dtype=torch.int64), *parts])
     raw = table.reshape(rows, -1).view(torch.uint8)
     width = raw.shape[1]
@@ -104,4 +104,3 @@ def changed_rows(
         if not found:
             break
     return best or ([], None)
-
