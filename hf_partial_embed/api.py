@@ -16,10 +16,10 @@ from .attachment.traps import warn_of_traps
 from .errors import PartialEmbeddingError, shorten
 from .initializers import Initializer, resolve
 from .initializers.initial_values import initial_values
-from .layout.tables import find_layout
+from .layout.tables import VocabularyLayout, find_layout
 from .modules.splitting import check_ids
-from .tokens.added import check_new, existing_tokens, normalize_tokens
-from .tokens.vocabulary import encode_all, find_ids, plain_tokenizer
+from .tokens.added import check_new, existing_tokens, normalize_tokens, tokens_as_known, without_tokens_from
+from .tokens.vocabulary import encode_all, find_ids, known_id, plain_tokenizer
 
 __all__ = ["add_tokens", "load_tokens", "train_tokens"]
 
@@ -46,7 +46,8 @@ def add_tokens(
 
     Args:
         model: a `transformers` model, on any device, in any floating-point dtype.
-        tokenizer: its tokenizer (or a processor that has one).
+        tokenizer: its tokenizer (or a processor that has one). Tokens that it has already but the model's table has
+            no rows for (a tokenizer that was extended first) are new rows, too.
         tokens: a list of `str` or `AddedToken`; or a dict from token to what its row starts from: a
             string is a description, whose pieces are averaged, a tensor `[d]` is the input row itself.
         init: name of an initialiser (`"subtoken_mean"`, `"mean"`, `"multivariate_normal"`, `"positional"`,
@@ -73,11 +74,14 @@ def add_tokens(
     starts = tokens if isinstance(tokens, Mapping) else {}
     added = normalize_tokens(list(tokens) if isinstance(tokens, Mapping) else tokens, special)
     resolve(init)
-    check_new(tokenizer, added)
-    layout = find_layout(model, len(tokenizer) + len(added))
+    lacking = [token for token in added if known_id(tokenizer, token.content) is None]
+    layout = find_layout(model, len(tokenizer) + len(lacking))
+    before = without_tokens_from(tokenizer, min(table.size for table in layout.tables))
+    check_new(before, added)
+    added = tokens_as_known(tokenizer, added)
     check_options(layout, strategy, output, dtype)
-    rows = initial_values(model, tokenizer, layout, added, list(starts.values()) or None, init, seed)
-    pieces = encode_all(tokenizer, [token.content for token in added], unknown=True)
+    rows = initial_values(model, before, layout, added, list(starts.values()) or None, init, seed)
+    pieces = encode_all(before, [token.content for token in added], unknown=True)
     partial = attach_rows(
         model, tokenizer, layout, tokens=added, rows=rows, strategy=strategy, output=output, dtype=dtype, pieces=pieces
     )
@@ -117,18 +121,38 @@ def train_tokens(
     texts: list[AddedToken] = []
     if by_text:
         ids = find_ids(tokenizer, [str(token) for token in values])
-        check_ids(ids, min(table.size for table in layout.tables))
+        _check_in_table(ids, layout, names=[str(token) for token in values])
         texts = existing_tokens(tokenizer, ids)
     else:
         if any(isinstance(token, (str, AddedToken)) for token in values):
             raise PartialEmbeddingError(f"Give tokens or ids, not both: {shorten(values)}.")
-        ids = check_ids(values, min(table.size for table in layout.tables))
+        ids = _check_in_table(values, layout)
         if tokenizer is not None:
             texts = existing_tokens(tokenizer, ids)
     rows = {table.name: table.rows(ids) for table in layout.tables if table.has_rows}
     return attach_rows(
         model, tokenizer, layout, tokens=texts, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype
     )
+
+
+def _check_in_table(ids: Sequence[int], layout: VocabularyLayout, names: Sequence[str] | None = None) -> list[int]:
+    """`check_ids`, which says what to do where the tokenizer was extended and the model was not."""
+    size = min(table.size for table in layout.tables)
+    beyond = [name for name, token_id in zip(names or (), ids, strict=False) if token_id >= size]
+    if beyond:
+        raise PartialEmbeddingError(
+            f"The tokenizer has the tokens {shorten(beyond)}, but the model's table of {size} rows has none for them: "
+            "the tokenizer was extended, and the model was not. Use add_tokens with these tokens, which grows "
+            "the table."
+        )
+    try:
+        return check_ids(ids, size)
+    except PartialEmbeddingError as error:
+        if "outside of a table" not in str(error):
+            raise
+        raise PartialEmbeddingError(
+            f"{error} For tokens that the model has no rows for yet, use add_tokens, which grows the table."
+        ) from None
 
 
 def load_tokens(

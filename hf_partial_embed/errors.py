@@ -17,9 +17,13 @@ class FrozenRowsChangedError(PartialEmbeddingError):
 
     Attributes:
         changed (`dict[str, list[int]]`): ids of the changed rows by the name of their table.
+
+    Args:
+        changed: as above.
+        remark: what else is to be known where it was found.
     """
 
-    def __init__(self, changed: dict[str, list[int]]) -> None:
+    def __init__(self, changed: dict[str, list[int]], remark: str | None = None) -> None:
         self.changed = changed
         parts = [f"{name}: {count(ids, 'row')} ({shorten(ids)})" for name, ids in changed.items()]
         super().__init__(
@@ -27,6 +31,7 @@ class FrozenRowsChangedError(PartialEmbeddingError):
             + "; ".join(parts)
             + ". Something wrote to them in place. Under strategy='mask' an optimizer does that unless "
             "partial.protect(optimizer) is called before the first step; strategy='split' needs no call."
+            + (f" {remark}" if remark else "")
         )
 
 

@@ -321,6 +321,25 @@ def by_trainer(wrapped_type: str, *, tolerance: float = 1e-6, resumes: bool = Tr
     return run
 
 
+def refuses_another_order(**options) -> Callable:
+    """Every process refuses, before the first step, a checkpoint whose rows are those of other tokens' positions."""
+
+    def run(folder: Path) -> None:
+        setting = Setting(dtype=torch.bfloat16)
+        model, tokenizer = frozen_model(setting), bpe_tokenizer()
+        partial = add_tokens(model, tokenizer, TOKENS)
+        trainer_of(setting, folder, model, partial, options).train()
+        for tokens in (TOKENS[::-1], [*TOKENS[:2], "<other>"]):
+            model, tokenizer = frozen_model(setting), bpe_tokenizer()
+            again = add_tokens(model, tokenizer, tokens)
+            trainer = trainer_of(setting, folder, model, again, options)
+            with raises("are taken from a checkpoint by position"):
+                trainer.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2"))
+            assert trainer.state.global_step == 2
+
+    return run
+
+
 def claim_gpus(args: TrainingArguments) -> None:
     """Without GPUs accelerate makes DDP of FSDP and of ZeRO, and does not say so."""
     assert args.device.type == "cpu"
@@ -718,7 +737,7 @@ TRAININGS = {
 }
 OTHERS = {
     "ddp": {"mask": mask_is_right, "bytes": ddp_sends_rows_only},
-    "ddp-trainer": {"mask": mask_is_right_in_trainer},
+    "ddp-trainer": {"mask": mask_is_right_in_trainer, "another-order": refuses_another_order()},
     "fsdp1": {
         "mask": refuses_mask(sharded_by_fsdp1),
         "gradient-norm": gradient_norm_is_that_of_all_processes(sharded_by_fsdp1),
@@ -737,8 +756,16 @@ OTHERS = {
         "gradient-norm": gradient_norm_is_that_of_all_processes(sharded_by_fsdp2),
         "leak": leak_is_measured_where_one_process_has_no_position,
     },
-    "fsdp2-trainer": {"loaded-on-one-process": loaded_on_one_process},
-    "zero1-trainer": {"mask": refuses_mask_in_trainer, "shared-group": refuses_a_shared_group},
+    "fsdp2-trainer": {
+        "loaded-on-one-process": loaded_on_one_process,
+        "another-order": refuses_another_order(**fsdp_options()),
+    },
+    "zero1-trainer": {
+        "mask": refuses_mask_in_trainer,
+        "shared-group": refuses_a_shared_group,
+        "another-order": refuses_another_order(**zero_config(1)),
+    },
+    **{f"zero{stage}-trainer": {"another-order": refuses_another_order(**zero_config(stage))} for stage in (2, 3)},
     "zero3": {"mask": refuses_mask(sharded_by_zero3), "tokens-after-loading": refuses_tokens_after_loading_by_zero3},
 }
 

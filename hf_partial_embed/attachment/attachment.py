@@ -7,6 +7,7 @@ that an attachment can be deep-copied together with its model.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..errors import FrozenRowsChangedError, PartialEmbeddingError, shorten
 from ..layout.resizing import REGISTRY
 from ..layout.storage import PlainTables
 from ..layout.tables import Table, VocabularyLayout, find_layout
+from ..modules.digest import casts_of, changed_rows
 from ..modules.mask import MaskHandle
 from ..modules.rows import ForwardScope, PartialModule
 from ..modules.sharding import is_sharded, set_whole, trained_rows
@@ -37,6 +39,8 @@ from .steps import (
 )
 
 __all__ = ["Attachment", "attachments_of"]
+
+logger = logging.getLogger(__name__)
 
 
 def attachments_of(model: nn.Module) -> list[Attachment]:
@@ -92,7 +96,7 @@ class Attachment:
         self.masks: list[MaskHandle] = []
         self._row_names: dict[str, str] = {}
         self._flags: dict[str, bool] = {}  # requires_grad of what trains, when it was taken off
-        self._digests: dict[str, Tensor] = {}
+        self._digests: dict[str, dict[torch.dtype, Tensor]] = {}  # of each table, as each dtype
         self._protected: list[Any] = []
         self._steps: list[Step] = []
 
@@ -146,7 +150,9 @@ class Attachment:
         for module in self.model.modules():
             if hasattr(type(module), "resize_token_embeddings"):
                 self._do(SetAttribute(module, "resize_token_embeddings", _refuse_resize))
-        self._digests = {table.name: table.digests() for table in self.trained}
+        for table in self.trained:
+            own, *narrower = casts_of(table.dtype)
+            self._digests[table.name] = {own: table.digests(), **{cast: table.digests([cast]) for cast in narrower}}
         for table in self.trained:
             rows = table.tensor if self.strategy == "mask" else self.rows[table.name]
             rows.requires_grad_(self._flags.get(table.name, self.trainable))
@@ -268,17 +274,29 @@ class Attachment:
     def verify(self) -> None:
         """Compare the bits of all frozen rows with those at the time of attachment.
 
+        A table that was cast as a whole since then is compared with what the cast makes of its old values.
+
         Raises:
             `FrozenRowsChangedError`: names the ids of those that differ.
         """
         changed = {}
+        trained = [token_id for attachment in attachments_of(self.model) for token_id in attachment.ids]
         for table in self.trained:
-            now, before = table.digests(), self._digests[table.name]
-            differs = now[: len(before)] != before
-            for attachment in attachments_of(self.model):
-                differs[[token_id for token_id in attachment.ids if token_id < len(before)]] = False
-            if differs.any():
-                changed[table.name] = differs.nonzero().flatten().tolist()
+            before, now = self._digests[table.name], table.dtype
+            own = next(iter(before))
+            rows, known_as = changed_rows(before, now, table.digests, trained)
+            if rows:
+                changed[table.name] = rows
+            elif known_as is None:
+                logger.warning(
+                    "%s was cast from %s to %s since the tokens were attached. Its frozen rows cannot be compared "
+                    "with what they were: no bits of them are known in that dtype.", table.name, own, now,
+                )  # fmt: skip
+            elif known_as != own:
+                logger.warning(
+                    "%s was cast from %s to %s since the tokens were attached: its frozen rows are the old ones, "
+                    "rounded to that dtype.", table.name, own, known_as,
+                )  # fmt: skip
         if changed:
             raise FrozenRowsChangedError(changed)
 

@@ -22,7 +22,7 @@ from ..files.hub import locate_rows, merged_card, rows_card, upload, write_card
 from ..files.rows_file import ROWS_FILE, read_rows, write_rows
 from ..layout.tables import Table, VocabularyLayout, find_layout, model_name, row_keys
 from ..modules.splitting import check_ids
-from ..tokens.added import check_new, normalize_tokens, token_from_dict, token_to_dict
+from ..tokens.added import check_new, normalize_tokens, token_from_dict, token_to_dict, without_tokens_from
 from ..tokens.vocabulary import display_names, encode_all, known_id, plain_tokenizer
 from .additions import change_without_additions
 from .attachment import Attachment
@@ -109,6 +109,9 @@ class PartialEmbedding:
 
     def verify(self) -> None:
         """Check that no frozen row has changed by one bit since the rows were attached.
+
+        A cast of the whole model or table is no change: a wider dtype is compared with the old bits; a float32 table
+        that was cast to bfloat16 or float16 with its old values, rounded, and a warning says so.
 
         In a sharded run every process calls it, and comes to the same result; a digest of each row is exchanged.
 
@@ -485,17 +488,22 @@ class TokenRows:
         added = [token_from_dict(token) for token in self.added_tokens]
         if added:
             added = normalize_tokens(added, special=False)
-        known = {token.content: known_id(tokenizer, token.content) for token in added}
+        given = [known_id(tokenizer, token.content) for token in added]
+        lacking = given.count(None)
+        size = max([len(tokenizer) + lacking if lacking else 0, *(i + 1 for i in given if i is not None)], default=0)
+        layout = find_layout(model, size)
+        check_options(layout, strategy, output, dtype)
+        # Tokens that the tokenizer has and the table has no rows for are new: they are read as before they were added.
+        before = without_tokens_from(tokenizer, min(table.size for table in layout.tables)) if added else tokenizer
+        known = {token.content: known_id(before, token.content) for token in added}
         new = [token for token in added if known[token.content] is None]
         if new:
-            check_new(tokenizer, new)
-        layout = find_layout(model, len(tokenizer) + len(new) if new else None)
-        check_options(layout, strategy, output, dtype)
-        rows = fit_rows(self.tensors(), model, tokenizer, layout, added, base_model=self.base_model, tied=self.tied)
+            check_new(before, new)
+        rows = fit_rows(self.tensors(), model, before, layout, added, base_model=self.base_model, tied=self.tied)
         ids = None
         pieces: list[list[int]] | None = None
         if self.tokens:
-            read = encode_all(tokenizer, self.tokens, unknown=True)
+            read = encode_all(before, self.tokens, unknown=True)
             pieces = [
                 ids if (old := known[token]) is None else [old] for token, ids in zip(self.tokens, read, strict=True)
             ]

@@ -11,10 +11,12 @@ stay what they are, and a head that a checkpoint brought untied stays untied wha
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import PartialEmbeddingError
@@ -102,11 +104,17 @@ class Table:
         """Write rows, `[K, ...]`, into it."""
         write_rows(self.tensor, self.shape, ids, rows, self.dim)
 
-    def digests(self) -> Tensor:
+    def digests(self, through: Sequence[torch.dtype] = ()) -> Tensor:
         """`row_digests` of the whole table."""
         if self.sharded and self.dim == 0:
-            return sharded_row_digests(self.tensor, self.shape)
-        return row_digests(self.values(), self.dim)
+            return sharded_row_digests(self.tensor, self.shape, through)
+        return row_digests(self.values(), self.dim, through)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its values; of what they are dequantised to where it is quantised."""
+        dtype: torch.dtype = self.tensor.dtype
+        return dtype if dtype.is_floating_point else self.values().dtype
 
 
 @dataclass(eq=False)

@@ -235,6 +235,7 @@ def unwrap_optimizer(optimizer: Any) -> Any:
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise PartialEmbeddingError(
-            f"Cannot hook into the steps of {type(optimizer).__name__}: it is not a torch.optim.Optimizer."
+            f"Cannot hook into the steps of {type(optimizer).__name__}: it is not a torch.optim.Optimizer. Use one "
+            "that is."
         )
     return optimizer

@@ -296,7 +296,7 @@ def from_any_process(values: Tensor | None, parameter: Any) -> Tensor | None:
 
 
 @torch.no_grad()
-def sharded_row_digests(parameter: Tensor, shape: Sequence[int]) -> Tensor:
+def sharded_row_digests(parameter: Tensor, shape: Sequence[int], through: Sequence[torch.dtype] = ()) -> Tensor:
     """`row_digests` of a sharded table, on every process. What is sent is the digests, and rows of which no
     process has all.
     """
@@ -308,13 +308,13 @@ def sharded_row_digests(parameter: Tensor, shape: Sequence[int]) -> Tensor:
     if last > first:
         offset = first * width - part.start
         whole = part.values[offset : offset + (last - first) * width]
-        digests[first:last] = row_digests(whole.view(last - first, *part.shape[1:]))
+        digests[first:last] = row_digests(whole.view(last - first, *part.shape[1:]), through=through)
     digests = _combine(digests.to(part.values.device), part.group).cpu()
     here = torch.zeros(size, dtype=torch.uint8)
     here[first:last] = 1
     split = (_combine(here.to(part.values.device), part.group) == 0).nonzero().view(-1).tolist()
     if split:
-        digests[split] = row_digests(whole_rows(parameter, shape, split))
+        digests[split] = row_digests(whole_rows(parameter, shape, split), through=through)
     return digests
 
 

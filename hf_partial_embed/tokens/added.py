@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import unicodedata
 from collections.abc import Iterable, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from itertools import groupby
 from typing import Any
 
 from tokenizers import AddedToken
 
-from ..errors import PartialEmbeddingError
+from ..errors import PartialEmbeddingError, shorten
 from .backend import remove_added_tokens
 from .vocabulary import check_unicode, encode_all, known_id, read_all
 
@@ -23,7 +24,11 @@ __all__ = [
     "remove_from_tokenizer",
     "token_from_dict",
     "token_to_dict",
+    "tokens_as_known",
+    "without_tokens_from",
 ]
+
+logger = logging.getLogger(__name__)
 
 TOKEN_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 
@@ -97,6 +102,34 @@ def existing_tokens(tokenizer: Any, ids: Sequence[int]) -> list[AddedToken]:
         token_from_dict(token_to_dict(added[i])) if i in added else AddedToken(text)
         for i, text in zip(ids, texts, strict=True)
     ]
+
+
+def without_tokens_from(tokenizer: Any, size: int) -> Any:
+    """What a tokenizer was before it was extended by added tokens for which a table of `size` rows has none.
+
+    Returns:
+        The tokenizer itself if there are none, else a copy.
+    """
+    beyond = {text for text, token_id in tokenizer.get_added_vocab().items() if token_id >= size}
+    if not beyond:
+        return tokenizer
+    before = deepcopy(tokenizer)
+    remove_from_tokenizer(before, beyond)
+    return before
+
+
+def tokens_as_known(tokenizer: Any, tokens: Sequence[AddedToken]) -> list[AddedToken]:
+    """The tokens with the flags that the tokenizer has for them, where it has them."""
+    known = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+    found = [token_from_dict(token_to_dict(known.get(token.content, token))) for token in tokens]
+    differ = [token.content for token, given in zip(found, tokens, strict=True) if given.special and not token.special]
+    if differ:
+        logger.warning(
+            "Tokens %s are in the tokenizer already, as ordinary ones: they stay that, whatever special=True says. "
+            "Add them as special ones: tokenizer.add_tokens(..., special_tokens=True).",
+            shorten(differ),
+        )
+    return found
 
 
 def check_new(tokenizer: Any, tokens: Sequence[AddedToken]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy
 
 from ..attachment.additions import Addition
-from ..attachment.partial import PartialEmbedding, TokenRows
-from ..errors import PartialEmbeddingError
-from ..files.rows_file import ROWS_FILE
+from ..attachment.partial import PartialEmbedding
+from ..errors import FrozenRowsChangedError, PartialEmbeddingError
 from ..modules.mask import unwrap_optimizer
 from .chunked_loss import ChunkedLoss
 from .diagnostics import RowDiagnostics
@@ -26,9 +24,11 @@ from .optimizers import (
     OwnGroup,
     auto_learning_rate,
     check_in_optimizer,
+    check_steps,
     flattened_groups,
     take_from_optimizer,
 )
+from .resume import check_tokens, checkpoint_folder, note_tokens, restore_from_files, rounded_rows, rows_file
 from .watch import RowWatch
 
 __all__ = ["PartialEmbeddingCallback"]
@@ -47,9 +47,11 @@ class PartialEmbeddingCallback(TrainerCallback):
         partial (`PartialEmbedding`): the rows, or a list of several.
         learning_rate (`float` or `"auto"`, *optional*): of the rows, at the top of the Trainer's schedule;
             the Trainer's own if not given. `"auto"` is 0.07 times the root mean square of the old input
-            rows, for AdamW and its like.
+            rows, for AdamW and its like. The schedule is scaled as a whole: an absolute minimum in it
+            (`lr_scheduler_kwargs={"min_lr": ...}`) is to the rows' rate what it is to the Trainer's.
         weight_decay (`float`): of the rows. Decay pulls new rows towards zero, so the default is none.
-        verify (`bool`): whether to compare all frozen rows with their digests when training ends.
+        verify (`bool`): whether to compare all frozen rows with their digests when training ends. If some have
+            changed, the trained rows are saved to `output_dir` before the error is raised.
         save_rows (`bool`): whether to write the row file beside each checkpoint.
         diagnostics (`bool`): whether to add norms, counts and leak of the rows to what the Trainer logs,
             under `rows/...`, and to warn after the first epoch of tokens that the data lacks; see
@@ -62,7 +64,9 @@ class PartialEmbeddingCallback(TrainerCallback):
 
     Raises:
         `PartialEmbeddingError`: a negative rate or decay; a model that cannot have a chunked loss, or that has no
-            split input embeddings for a frozen prefix; when training begins, rows that are not in the optimizer.
+            split input embeddings for a frozen prefix; when training begins, rows that are not in the optimizer, an
+            optimizer that updates parameters elsewhere than in its `step`, or a checkpoint to resume from whose rows
+            are those of other tokens, or of the same ones in another order.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class PartialEmbeddingCallback(TrainerCallback):
         self.frozen_prefix = frozen_prefix
         self._additions = self._make_additions()
         self._watch: RowWatch | None = None
+        self._steps: OwnGroup | None = None
         self._hooks: list[Any] = []
 
     def log_first(self, trainer: Any) -> None:
@@ -125,20 +130,24 @@ class PartialEmbeddingCallback(TrainerCallback):
     ) -> None:
         optimizer = unwrap_optimizer(kwargs["optimizer"])
         flattened = flattened_groups(kwargs["optimizer"])
+        check_steps(optimizer)
+        if state.global_step:
+            check_tokens(args, state, self.partials)
+        note_tokens(state, self.partials)
         for number, partial in enumerate(self.partials):
             check_in_optimizer(partial, optimizer, flattened)
             partial.protect(optimizer)
             stored = take_from_optimizer(partial, optimizer)
             if state.global_step and self.verify:
-                partial.verify()  # the checkpoint of another base is found now, not after the training
+                _verify_loaded(partial, state)
             if state.global_step and not stored and flattened is None:  # DeepSpeed brings back what it trains
-                folders = [args.resume_from_checkpoint, _checkpoint(args, state)]
-                _restore_from_files(partial, folders, number, in_checkpoint=not _is_adapter(kwargs["model"]))
+                folders = [args.resume_from_checkpoint, checkpoint_folder(args, state)]
+                restore_from_files(partial, folders, number, in_checkpoint=not _is_adapter(kwargs["model"]))
         parameters = [parameter for partial in self.partials for parameter in partial.parameters()]
         exact = [
             parameter
             for partial in (self.partials if flattened is None else ())
-            for parameter in (partial.parameters() if _is_adapter(kwargs["model"]) else _rounded(partial))
+            for parameter in (partial.parameters() if _is_adapter(kwargs["model"]) else rounded_rows(partial))
         ]
         self._remove_hooks()
         rate = self.learning_rate
@@ -146,7 +155,7 @@ class PartialEmbeddingCallback(TrainerCallback):
             rate = auto_learning_rate(self.partials[0])  # all of them are on one table
             logger.info("Learning rate of the token rows: %.3g.", rate)
         self._watch = RowWatch(self.partials)
-        steps = OwnGroup(optimizer, parameters, rate, self.weight_decay, flattened)
+        steps = self._steps = OwnGroup(optimizer, parameters, rate, self.weight_decay, flattened)
         self._hooks = [
             optimizer.register_step_pre_hook(steps.before),
             optimizer.register_step_post_hook(steps.after),
@@ -170,6 +179,13 @@ class PartialEmbeddingCallback(TrainerCallback):
     ) -> None:
         for diagnostics in self.diagnostics:
             diagnostics.look_at_gradients()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # What check_steps cannot see of an optimizer; a step may also be skipped, for gradients that overflow.
+        if self._steps is not None and not getattr(kwargs["optimizer"], "step_was_skipped", False):
+            self._steps.check_taken()
 
     def on_log(
         self,
@@ -199,15 +215,21 @@ class PartialEmbeddingCallback(TrainerCallback):
             diagnostics.end_of_epoch()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not self.save_rows:
-            return
+        if self.save_rows and (error := self._write_rows(checkpoint_folder(args, state), state)):
+            # Not a reason to end a run that may be saved otherwise.
+            logger.warning("No row file was written beside this checkpoint: %s", error)
+
+    def _write_rows(self, folder: Path, state: TrainerState) -> Exception | None:
+        """Write the row files into a folder; what has kept one from being written."""
+        failed: Exception | None = None
         for number, partial in enumerate(self.partials):
             rows = partial.token_rows()  # on every rank: a sharded run gathers here
             if state.is_world_process_zero:
                 try:
-                    rows.save_file(_rows_file(_checkpoint(args, state), number))
-                except PartialEmbeddingError as error:  # not a reason to end a run that may be saved otherwise
-                    logger.warning("No row file was written beside this checkpoint: %s", error)
+                    rows.save_file(rows_file(folder, number))
+                except PartialEmbeddingError as error:
+                    failed = error
+        return failed
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -218,18 +240,34 @@ class PartialEmbeddingCallback(TrainerCallback):
         if self._watch is not None:
             self._watch.check_norms()
             self._watch = None
-        for number, partial in enumerate(self.partials):
-            if args.load_best_model_at_end and state.best_model_checkpoint:
-                in_checkpoint = not _is_adapter(kwargs["model"])
-                _restore_from_files(partial, [state.best_model_checkpoint], number, in_checkpoint=in_checkpoint)
-            if self.verify:
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            in_checkpoint = not _is_adapter(kwargs["model"])
+            for number, partial in enumerate(self.partials):
+                restore_from_files(partial, [state.best_model_checkpoint], number, in_checkpoint=in_checkpoint)
+        if self.verify:
+            self._verify_at_end(args, state)
+
+    def _verify_at_end(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Verify all row sets; where that fails, the script may end here, so the trained rows are saved first."""
+        try:
+            for partial in self.partials:
                 partial.verify()
                 logger.info("The frozen embedding rows have not changed by one bit.")
+        except FrozenRowsChangedError as error:
+            folder = Path(str(args.output_dir))
+            if rows_file(folder, 0).exists():  # those of another run, perhaps
+                folder = folder / f"unverified-{state.global_step}"
+            try:
+                failed = self._write_rows(folder, state)
+            except OSError as cause:
+                failed = cause
+            saved = f"could not be saved: {failed}" if failed else f"were saved to {rows_file(folder, 0)} before this"
+            raise FrozenRowsChangedError(error.changed, f"The trained rows {saved}.") from error
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
+        self._hooks, self._steps = [], None
         for addition in self._additions:
             addition.remove()
 
@@ -242,50 +280,18 @@ def _will_log(args: TrainingArguments, state: TrainerState) -> bool:
     return step % max(1, state.logging_steps) == 0 or (step == 1 and args.logging_first_step)
 
 
-def _restore_from_files(
-    partial: PartialEmbedding,
-    checkpoints: Iterable[str | os.PathLike[str] | None],
-    number: int,
-    *,
-    in_checkpoint: bool,
-) -> None:
-    """Take the exact rows from the row file of the checkpoint that was loaded, where that lacks them.
-
-    Args:
-        partial: whose rows.
-        checkpoints: folders where the file may be.
-        number: which of the callback's row sets it is.
-        in_checkpoint: whether the checkpoint has brought the rows in the table's dtype already; then
-            only a file that agrees with them is taken.
-    """
-    if in_checkpoint and not _rounded(partial):
-        return
-    for checkpoint in checkpoints:
-        path = None if checkpoint is None else _rows_file(checkpoint, number)
-        if path is not None and path.is_file():
-            saved = TokenRows.from_pretrained(path)
-            if partial.adopt(saved, if_equal_rounded=in_checkpoint):
-                return
-    logger.warning(
-        "Training goes on from the token rows that the model holds now: no row file of the checkpoint that was "
-        "loaded was found, so they are rounded to the table's dtype (or, with an adapter, not restored). Give "
-        "TrainingArguments(resume_from_checkpoint=...) the checkpoint's folder."
-    )
-
-
-def _rounded(partial: PartialEmbedding) -> list[nn.Parameter]:
-    """The rows that a standard checkpoint holds in another dtype than their own."""
-    return [rows for rows, table in partial.rows_and_tables() if rows.dtype != table.dtype]
+def _verify_loaded(partial: PartialEmbedding, state: TrainerState) -> None:
+    """Find the checkpoint of another base now, not after the training."""
+    try:
+        partial.verify()
+    except FrozenRowsChangedError as error:
+        remark = (
+            f"The checkpoint at step {state.global_step}, which was loaded just now, has other old rows than the "
+            "model that the tokens were attached to: it is one of another base model. Training has not begun."
+        )
+        raise FrozenRowsChangedError(error.changed, remark) from error
 
 
 def _is_adapter(model: Any) -> bool:
     """Whether the Trainer's checkpoints hold a PEFT adapter instead of the model."""
     return hasattr(model, "peft_config")
-
-
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-
-
-def _rows_file(checkpoint: str | os.PathLike[str], number: int) -> Path:
-    return Path(checkpoint) / ROWS_FILE if number == 0 else Path(checkpoint) / f"token_rows_{number + 1}" / ROWS_FILE

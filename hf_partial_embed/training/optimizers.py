@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ __all__ = [
     "OwnGroup",
     "auto_learning_rate",
     "check_in_optimizer",
+    "check_steps",
     "flattened_groups",
     "take_from_optimizer",
 ]
@@ -41,10 +43,42 @@ def flattened_groups(optimizer: Any) -> list[list[nn.Parameter]] | None:
     return None
 
 
+_OTHER = (
+    "Choose another one, e.g. TrainingArguments(optim='adamw_torch'): where the rows are all that trains, its state "
+    "is small."
+)
+
+
+def check_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Check that an optimizer calls the hooks of its steps, on which the rows' own rate hangs.
+
+    Raises:
+        `PartialEmbeddingError`: it has no step of its own, since it updates parameters in the backward (LOMO), or one
+            that PyTorch has not been able to hook.
+    """
+    step = type(optimizer).step
+    if inspect.unwrap(step) is inspect.unwrap(torch.optim.Optimizer.step) or not getattr(step, "hooked", False):
+        raise _no_steps(optimizer)
+
+
+def _no_steps(optimizer: Any) -> PartialEmbeddingError:
+    return PartialEmbeddingError(
+        f"{type(optimizer).__name__} does not update parameters in a step() of its own with PyTorch's step hooks "
+        "(some optimizers do it in the backward), so the rows would not have the learning rate and the weight decay "
+        f"of PartialEmbeddingCallback, and frozen rows under strategy='mask' no protection. {_OTHER}"
+    )
+
+
 def check_in_optimizer(partial: PartialEmbedding, optimizer: Any, flattened: list[list[nn.Parameter]] | None) -> None:
     groups = [group["params"] for group in optimizer.param_groups] if flattened is None else flattened
     held = {id(parameter) for group in groups for parameter in group}
     for parameter in partial.parameters():
+        if parameter.requires_grad and id(parameter) not in held and parameter._post_accumulate_grad_hooks:
+            raise PartialEmbeddingError(
+                f"Rows of shape {tuple(parameter.shape)} are not in the {type(optimizer).__name__}; something updates "
+                "them by a hook in the backward instead, as layer-wise optimizers do, without the learning rate and "
+                f"the weight decay of PartialEmbeddingCallback. {_OTHER}"
+            )
         if parameter.requires_grad and id(parameter) not in held:
             raise PartialEmbeddingError(
                 f"Rows of shape {tuple(parameter.shape)} are not in the {type(optimizer).__name__}, so they would "
@@ -82,6 +116,17 @@ class OwnGroup:
         self.weight_decay = weight_decay
         self.top_rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
         self.saved: list[dict[str, Any]] | None = None
+        self.optimizer = optimizer
+        self.taken = 0
+
+    def check_taken(self) -> None:
+        """Check that a step that has been made was one of this optimizer, with its hooks.
+
+        Raises:
+            `PartialEmbeddingError`: it was not.
+        """
+        if not self.taken:
+            raise _no_steps(self.optimizer)
 
     def _are_rows(self, parameters: list[nn.Parameter]) -> bool:
         return bool(parameters) and all(id(parameter) in self.rows for parameter in parameters)
@@ -91,6 +136,7 @@ class OwnGroup:
 
     def before(self, optimizer: Any, *_: object) -> None:
         self.after(optimizer)  # if the last step raised
+        self.taken += 1
         self.saved = optimizer.param_groups
         self.origins: list[dict[str, Any]] = []
         optimizer.param_groups = []
