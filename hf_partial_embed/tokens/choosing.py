@@ -31,6 +31,7 @@ class ChosenTokens(list[str]):
     Each token's two parts are pieces of the base or stand before it in the list, unless `merges` has `None` for it.
 
     Attributes:
+        pieces (`list[str]`): the tokens as the vocabulary writes them (`"Ġword"` for `" word"`).
         merges (`list[tuple[str, str] | None]`): the two pieces that each token joins, as the vocabulary writes them;
             `None` for a token that only a whole pre-token is read as.
         savings (`list[int]`): by how many tokens each one shortened the corpus, behind those before it.
@@ -47,7 +48,7 @@ class ChosenTokens(list[str]):
         self.savings = [entry.saved for entry in learned]
         self.counts = counts
         self.tokens_before, self.tokens_after = tokens_before, tokens_after
-        self._pieces = [entry.piece for entry in learned]
+        self.pieces = [entry.piece for entry in learned]
 
     @property
     def saving(self) -> float:
@@ -83,10 +84,10 @@ class ChosenTokens(list[str]):
 
     def _segmenter(self, reader: Reader) -> Callable[[str, list[int]], list[int]]:
         """A function from a pre-token and the base's ids of it to its ids with the tokens, which are below zero."""
-        new = {piece: -1 - place for place, piece in enumerate(self._pieces)}
+        new = {piece: -1 - place for place, piece in enumerate(self.pieces)}
         wholes = {
             piece: new[piece]
-            for piece, parts in zip(self._pieces, self.merges, strict=True)
+            for piece, parts in zip(self.pieces, self.merges, strict=True)
             if parts is None or reader.ignore_merges
         }
 
@@ -95,7 +96,7 @@ class ChosenTokens(list[str]):
 
         merges = {
             (known(parts[0]), known(parts[1])): (rank, new[piece])
-            for rank, (piece, parts) in enumerate(zip(self._pieces, self.merges, strict=True))
+            for rank, (piece, parts) in enumerate(zip(self.pieces, self.merges, strict=True))
             if parts is not None
         }
 

@@ -85,8 +85,10 @@ class Reader:
             counter.normalizer = backend.normalizer
         if pre_tokenizer is not None:
             counter.pre_tokenizer = pre_tokenizer
-        for _, token in sorted(backend.get_added_tokens_decoder().items()):
-            (counter.add_special_tokens if token.special else counter.add_tokens)([token])
+        added = backend.get_added_tokens_decoder().values()
+        # In one call each: every call builds the search for all of them anew.
+        counter.add_special_tokens([token for token in added if token.special])
+        counter.add_tokens([token for token in added if not token.special])
         return counter
 
     def count(self, texts: Iterable[str], *, progress: bool = False) -> dict[str, int]:
