@@ -284,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, dict[str
         results[name] = {}
         for kind, texts in kinds.items():
             results[name][kind] = study(backend, texts, options.rows)
-            print(f"{name}, {kind}: done", flush=True)
+            print(markdown({f"{name}, so far": results[name]}), flush=True)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "vocabulary_study.json").write_text(json.dumps(results, indent=1), "utf-8")
     plot(results, options.rows, options.output / "vocabulary_study.png")
