@@ -1,4 +1,4 @@
-"""One text in two tokenisations: which places they share, and how what is measured per token is summed by characters."""
+"""One text in two tokenisations: which places they share, and sums by characters of what is measured by tokens."""
 
 from __future__ import annotations
 
@@ -73,6 +73,11 @@ class AlignedText:
         self.ranks: dict[int, int] = {}
         self.scored_from = {"before": 0, "after": 0}
         self.windows_left = 0
+
+    @cached_property
+    def partners_before(self) -> dict[int, int]:
+        """`partners`, the other way."""
+        return {old: index for index, old in self.partners.items()}
 
     @cached_property
     def _bytes(self) -> list[int]:

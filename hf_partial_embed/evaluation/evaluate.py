@@ -292,8 +292,8 @@ def _checked(texts: Iterable[str]) -> Iterator[tuple[int, str]]:
             raise PartialEmbeddingError(f"Text {number} is {type(text).__name__}, not a str.")
         if any("\ud800" <= char <= "\udfff" for char in text):
             raise PartialEmbeddingError(
-                f"Text {number} is no valid Unicode: it has a lone surrogate, which no tokenizer reads. Decode the bytes "
-                "that it came from with errors='replace', or leave it out."
+                f"Text {number} is no valid Unicode: it has a lone surrogate, which no tokenizer reads. Decode "
+                "the bytes that it came from with errors='replace', or leave it out."
             )
         if text:
             yield number, text
@@ -325,17 +325,22 @@ def _score(
             windows += own
         else:
             yield text
+    done: list[AlignedText] = []
     for batch in batches(windows, batch_size):
-        scorer.score(batch)
+        scorer.run(batch)
         for window in batch:
-            text = window.aligned
-            text.windows_left -= 1
-            if not text.windows_left:
-                scorer.forget(text)
-                yield text
+            window.aligned.windows_left -= 1
+            if not window.aligned.windows_left:
+                done.append(window.aligned)
+        if scorer.is_full:
+            scorer.score()
+            yield from done
+            done = []
+    scorer.score()
+    yield from done
 
 
 def _bar(total: int | None, progress: bool) -> Any:
-    from tqdm.auto import tqdm
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     return tqdm(total=total, desc="evaluate", unit="text", disable=not progress)

@@ -49,8 +49,8 @@ def live_vocabularies(partial: PartialEmbedding) -> Vocabularies:
     }
     if not new:
         raise PartialEmbeddingError(
-            f"The rows {shorten(partial.tokens or partial.token_ids, 4)} belong to tokens that were there before, whose "
-            "old values are not on this model. Compare with the model that they were trained on: "
+            f"The rows {shorten(partial.tokens or partial.token_ids, 4)} belong to tokens that were there before, "
+            "whose old values are not on this model. Compare with the model that they were trained on: "
             "evaluate((base_model, base_tokenizer), partial, texts)."
         )
     size = table.shape[table.dim]
@@ -60,7 +60,9 @@ def live_vocabularies(partial: PartialEmbedding) -> Vocabularies:
     notes = []
     kept = len(attachment.ids) - len(new)
     if kept:
-        notes.append(f"{kept} of the rows belong to tokens that were there before; they are the same before and after.")
+        notes.append(
+            f"{kept} of the rows belong to tokens that were there before; they are the same before and after."
+        )
     spare = [token_id for token_id in new if token_id < table.size]
     if spare:
         notes.append(
@@ -83,7 +85,9 @@ def saved_vocabularies(before_model: Any, before: Any, after_model: Any, after: 
     moved = [text for text, token_id in old.items() if text in now and now[text] != token_id]
     lost = {token_id: text for text, token_id in old.items() if text not in now}
     reserved = set(before.added_tokens_decoder)
-    gone = [text for token_id, text in lost.items() if token_id not in texts or not _is_reserved(token_id, text, reserved)]
+    gone = [
+        text for token_id, text in lost.items() if token_id not in texts or not _is_reserved(token_id, text, reserved)
+    ]
     if moved or gone:
         wrong = [f"{len(moved)} have another id ({shorten(moved, 3)})"] if moved else []
         wrong += [f"{len(gone)} are not there ({shorten(gone, 3)})"] if gone else []

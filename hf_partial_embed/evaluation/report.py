@@ -150,9 +150,10 @@ class EvaluationReport:
 
     def __str__(self) -> str:
         seen = [result for result in self.per_token if result.count]
+        known, in_texts = count(self.per_token, "new token"), count(range(self.texts_with_new), "text")
         head = (
-            f"{count(range(self.texts), 'text')}, {self.bytes:,} bytes; {count(range(self.occurrences), 'occurrence')} "
-            f"of {len(seen)} of {count(self.per_token, 'new token')}, in {count(range(self.texts_with_new), 'text')}"
+            f"{count(range(self.texts), 'text')}, {self.bytes:,} bytes; "
+            f"{count(range(self.occurrences), 'occurrence')} of {len(seen)} of {known}, in {in_texts}"
         )
         parts = [head, "", *_columns([("", "before", "after", "change"), *self.lines()], left=1)]
         if seen:
@@ -167,17 +168,13 @@ class EvaluationReport:
 
 def _token_lines(results: Sequence[TokenResult]) -> list[tuple[str, ...]]:
     header = ("worst tokens", "count", "change", "loss", "before", "rank", "KL", "adoption", "cuts")
-    return [
-        header,
-        *(
-            (
-                repr(result.token), str(result.count), _number(result.change, "{:+.2f}"), _number(result.loss, "{:.2f}"),
-                _number(result.loss_before, "{:.2f}"), _number(result.rank, "{:,.0f}"), _number(result.kl, "{:.3f}"),
-                _number(result.adoption, "{:.0%}"), str(result.cuts or ""),
-            )
-            for result in results
-        ),
-    ]  # fmt: skip
+    forms = ("{:+.2f}", "{:.2f}", "{:.2f}", "{:,.0f}", "{:.3f}", "{:.0%}")
+    lines: list[tuple[str, ...]] = [header]
+    for result in results:
+        values = (result.change, result.loss, result.loss_before, result.rank, result.kl, result.adoption)
+        numbers = (_number(value, form) for value, form in zip(values, forms, strict=True))
+        lines.append((repr(result.token), str(result.count), *numbers, str(result.cuts or "")))
+    return lines
 
 
 def _line(name: str, value: BeforeAfter, form: str) -> tuple[str, str, str, str]:

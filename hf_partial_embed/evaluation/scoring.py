@@ -66,55 +66,58 @@ class Scorer:
         self.before, self.after, self.old = before, after, old
         self.new = torch.tensor(sorted(new_ids), dtype=torch.int64)
         self._waiting: dict[tuple[int, int], Tensor] = {}
-        self._partners: dict[int, dict[int, int]] = {}
+        self._single: dict[str, list[tuple[AlignedText, int, Tensor]]] = {"before": [], "after": [], "both": []}
+        self._pairs: list[tuple[AlignedText, int, int, Tensor, Tensor]] = []
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there are as many states as go through the head at once."""
+        ready = 2 * len(self._pairs) + sum(map(len, self._single.values()))
+        return ready >= min(self.before.model.positions_at_once, self.after.model.positions_at_once)
 
     @torch.no_grad()
-    def score(self, windows: Sequence[Window]) -> None:
-        """Run the models over windows, and score what is ready."""
-        states: list[Tensor | None] = [None] * len(windows)
-        sides = [self.before, self.after] if self.before.model is not self.after.model else [self.after]
-        for side in sides:
-            own = [
-                number
-                for number, window in enumerate(windows)
-                if len(sides) == 1 or (window.side == "before") == (side is self.before)
+    def run(self, windows: Sequence[Window]) -> None:
+        """Run the models over windows, up to their heads."""
+        if self.before.model is self.after.model:
+            groups = [(self.after, list(windows))]
+        else:
+            groups = [
+                (self.before, [window for window in windows if window.side == "before"]),
+                (self.after, [window for window in windows if window.side != "before"]),
             ]
+        for side, own in groups:
             if own:
-                for number, found in zip(own, side.model.states([windows[i].ids for i in own]), strict=True):
-                    states[number] = found
-        single: dict[str, list[tuple[AlignedText, int, Tensor]]] = {"before": [], "after": [], "both": []}
-        pairs: list[tuple[AlignedText, int, int, Tensor, Tensor]] = []
-        for window, found in zip(windows, states, strict=True):
-            assert found is not None
-            text = window.aligned
-            partners = text.partners if window.side == "after" else self._back(text) if window.side == "before" else {}
-            for token in window.tokens:
-                state = found[token - window.shift]
-                partner = partners.get(token)
-                if partner is None:
-                    single[window.side].append((text, token, state))
-                    continue
-                index = token if window.side == "after" else partner
-                other = self._waiting.pop((text.number, index), None)
-                if other is None:
-                    self._waiting[text.number, index] = state
-                elif window.side == "after":
-                    pairs.append((text, partner, token, other, state))
-                else:
-                    pairs.append((text, token, partner, state, other))
-        for name, items in single.items():
+                states = side.model.states([window.ids for window in own])
+                for window, hidden in zip(own, states, strict=True):
+                    self._sort(window, hidden)
+
+    def _sort(self, window: Window, hidden: Tensor) -> None:
+        """Note the states of a window as single ones or as halves of pairs."""
+        text, side = window.aligned, window.side
+        partners = text.partners if side == "after" else text.partners_before if side == "before" else {}
+        for token in window.tokens:
+            state = hidden[token - window.shift]
+            partner = partners.get(token)
+            if partner is None:
+                self._single[side].append((text, token, state))
+                continue
+            key = (text.number, token if side == "after" else partner)
+            other = self._waiting.pop(key, None)
+            if other is None:
+                self._waiting[key] = state
+            elif side == "after":
+                self._pairs.append((text, partner, token, other, state))
+            else:
+                self._pairs.append((text, token, partner, state, other))
+
+    @torch.no_grad()
+    def score(self) -> None:
+        """Put all states through the head that do not wait for their other half."""
+        for name, items in self._single.items():
             self._score_single(name, items)
-        self._score_pairs(pairs)
-
-    def forget(self, text: AlignedText) -> None:
-        """A text is done."""
-        self._partners.pop(text.number, None)
-
-    def _back(self, text: AlignedText) -> dict[int, int]:
-        """`partners`, the other way."""
-        if text.number not in self._partners:
-            self._partners[text.number] = {old: index for index, old in text.partners.items()}
-        return self._partners[text.number]
+            items.clear()
+        self._score_pairs(self._pairs)
+        self._pairs.clear()
 
     def _score_single(self, name: str, items: Sequence[tuple[AlignedText, int, Tensor]]) -> None:
         model = self.before.model if name == "before" else self.after.model

@@ -1,5 +1,4 @@
-"""A causal model in two halves, run apart: up to its head once for each window, the head on as many states at a time as
-memory allows."""
+"""A causal model in two halves: up to its head once for each window, its head on as many states as memory allows."""
 
 from __future__ import annotations
 
@@ -72,7 +71,7 @@ class HeadStates:
     def positions_at_once(self) -> int:
         """How many positions' logits fit into a chunk; at least 128, as in the chunked loss."""
         size = getattr(self._head, "out_features", None) or self.model.config.get_text_config().vocab_size
-        return max(CHUNK_POSITIONS, CHUNK_BYTES // (4 * size))
+        return max(CHUNK_POSITIONS, CHUNK_BYTES // (4 * int(size)))
 
     def _run(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         more = {} if mask is None or not self._takes_mask else {"attention_mask": mask}

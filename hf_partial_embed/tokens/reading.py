@@ -1,4 +1,4 @@
-"""Texts as a tokenizer reads them, or as it did before it knew some tokens: ids, and which characters each stands for."""
+"""Texts as a tokenizer reads them, or read them before it knew some tokens: ids, and the characters of each."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def _copy(backend: Any, hidden: set[int], name: str) -> Tokenizer:
     now = {i: token.content for i, token in copy.get_added_tokens_decoder().items() if i not in hidden}
     if now != then:
         raise PartialEmbeddingError(
-            f"A copy of {name}'s backend gives its added tokens other ids, so texts cannot be read as before. Save the "
-            "tokenizer, load it again, and attach the tokens to that one."
+            f"A copy of {name}'s backend gives its added tokens other ids, so texts cannot be read as before. Save "
+            "the tokenizer, load it again, and attach the tokens to that one."
         )
     return copy
 
