@@ -18,6 +18,7 @@ from .old_and_new import Vocabularies, live_vocabularies, saved_vocabularies
 from .report import BeforeAfter, EvaluationReport
 from .scoring import Columns, Scorer, Side, batches
 from .states import HeadStates
+from .swapped import swapped_rows
 from .tally import Tally
 from .timing import seconds_per_text
 
@@ -166,7 +167,7 @@ def _evaluate(
             strict=True,
         )
     )
-    tally = Tally(vocabularies.new)
+    tally = Tally(vocabularies.new, swapped_rows(after[0], pieces))
     missing = _not_scored(after[0])
     length, context = _window(after[0], after[1], max_length, stride)
     given = len(texts) if isinstance(texts, Sequence) else None
@@ -194,6 +195,12 @@ def _evaluate(
         if scorer is not None and timed_texts:
             report.seconds_per_text = BeforeAfter(*seconds_per_text(before, after, samples))
     report.notes = [*missing, *vocabularies.notes]
+    pairs = [f"{r.token!r} and {r.swapped_with!r}" for r in report.per_token if (r.swapped_with or "") > r.token]
+    if pairs:
+        report.notes.append(
+            f"Rows look swapped, each being like the pieces of the other: {'; '.join(pairs[:4])}"
+            f"{f'; {len(pairs) - 4} more pairs' if len(pairs) > 4 else ''}."
+        )
     if scorer is not None:
         report.max_length, report.stride = length, context
         models = [scorer.after.model, *([] if live else [scorer.before.model])]

@@ -84,7 +84,7 @@ def saved_vocabularies(before_model: Any, before: Any, after_model: Any, after: 
     texts = {token_id: text for text, token_id in now.items()}
     moved = [text for text, token_id in old.items() if text in now and now[text] != token_id]
     lost = {token_id: text for text, token_id in old.items() if text not in now}
-    reserved = set(before.added_tokens_decoder)
+    reserved = set(before.added_tokens_decoder) & set(after.added_tokens_decoder)
     gone = [
         text for token_id, text in lost.items() if token_id not in texts or not _is_reserved(token_id, text, reserved)
     ]
@@ -95,9 +95,15 @@ def saved_vocabularies(before_model: Any, before: Any, after_model: Any, after: 
             f"base and adapted do not belong together: of the {len(old)} tokens of base's tokenizer "
             f"{' and '.join(wrong)} in adapted's. Pass the model that the tokens were added to."
         )
+    sizes = [_outputs(model) for model in (before_model, after_model)]
+    highest = max(old.values())
+    if highest >= sizes[0]:
+        raise PartialEmbeddingError(
+            f"base's tokenizer has ids up to {highest}, but its model has {sizes[0]} outputs: they do not belong "
+            "together."
+        )
     known = set(old.values())
     ids = sorted(token_id for token_id in texts if token_id not in known or token_id in lost)
-    sizes = [_outputs(model) for model in (before_model, after_model)]
     added = after.added_tokens_decoder
     # A piece's spelling is not its text (a byte-level tokenizer writes a space as another character).
     new = {i: texts[i] if i in added else after.decode([i], clean_up_tokenization_spaces=False) for i in ids}

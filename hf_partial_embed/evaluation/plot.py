@@ -199,7 +199,7 @@ def _draw_measures(axes: Any, report: EvaluationReport) -> None:
 
 
 def _draw_changes(axes: Any, tokens: Sequence[TokenResult]) -> None:
-    axes.set_title("Nats that an occurrence costs (right) or saves, worst first")
+    axes.set_title("Cost of an occurrence, in nats")
     if not tokens:
         _say(axes, "no new token occurs in the texts")
         return

@@ -34,11 +34,13 @@ class TokenResult:
         loss: its mean surprise where it stands, in nats.
         loss_before: that of the same characters in the original tokenisation.
         change: mean of what one occurrence costs, in nats: surprise after less before, of its own text and what
-            follows up to the next new token. By this the tokens are sorted, the worst first.
+            follows up to the next new token. By this the tokens are sorted, the worst first; those that are
+            `swapped_with` another come before.
         rank: median rank among all outputs where it stands; 1 is the most likely.
         kl: mean divergence at the places behind it, up to the next new token.
         adoption: mean of `p(token) / (p(token) + p(its old pieces))`; see `evaluate`.
         greedy: share of the occurrences at which it is the most likely output.
+        swapped_with: the new token whose pieces its row is like, and that in turn has a row like this one's pieces.
         cuts: occurrences that begin or end inside of a word where the original tokenisation has no border.
     """
 
@@ -52,6 +54,7 @@ class TokenResult:
     kl: float | None = None
     adoption: float | None = None
     greedy: float | None = None
+    swapped_with: str | None = None
     cuts: int = 0
 
 

@@ -19,10 +19,11 @@ class Tally:
 
     Args:
         names: the new tokens' texts by their ids, in the order in which the report has them if they do not occur.
+        swapped: ids of tokens whose rows are swapped, by the ids of the others.
     """
 
-    def __init__(self, names: Mapping[int, str]) -> None:
-        self.names = dict(names)
+    def __init__(self, names: Mapping[int, str], swapped: Mapping[int, int]) -> None:
+        self.names, self.swapped = dict(names), dict(swapped)
         self.report = EvaluationReport(tokens=BeforeAfter(0, 0))
         self._nats = {(side, part): 0.0 for side in _SIDES for part in ("lead", "new", "following")}
         self._bytes = {(side, part): 0 for side in _SIDES for part in ("lead", "new", "following")}
@@ -96,7 +97,12 @@ class Tally:
         report.saving = 1 - after / before if before else None
         report.per_token = sorted(
             (self._result(token_id) for token_id in self.names),
-            key=lambda result: (not result.count, -(result.change or 0.0), -result.count),
+            key=lambda result: (
+                not result.count,
+                result.swapped_with is None,
+                -(result.change or 0.0),
+                -result.count,
+            ),
         )
         report.unseen = [result.token for result in report.per_token if not result.count]
         if not scored:
@@ -130,8 +136,15 @@ class Tally:
             for name, values in found.items()
             if values and name != "count"
         }
-        cuts = self._cuts.get(token_id, 0)
-        return TokenResult(self.names[token_id], token_id, count=len(found.get("count", ())), cuts=cuts, **means)
+        other = self.swapped.get(token_id)
+        return TokenResult(
+            self.names[token_id],
+            token_id,
+            count=len(found.get("count", ())),
+            cuts=self._cuts.get(token_id, 0),
+            swapped_with=None if other is None else self.names[other],
+            **means,
+        )
 
     def _over_all(self, name: str) -> float | None:
         values = [value for found in self._found.values() for value in found.get(name, ())]

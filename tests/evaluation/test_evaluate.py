@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from conftest import CORPUS, bpe_tokenizer, build_model, snapshot, table_of, uni
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_partial_embed import PartialEmbeddingError, TokenRows, add_tokens, evaluate, train_tokens
 from hf_partial_embed.evaluation import EvaluationReport, plot_report
@@ -305,7 +306,8 @@ class TestBaseLoadedAlone:
 class TestReading:
     @pytest.mark.parametrize("make", [bpe_tokenizer, wordpiece_tokenizer, unigram_tokenizer])
     def test_a_reader_without_new_tokens_reads_as_before(self, make):
-        tokenizer, before = make(), make()
+        before = make()
+        tokenizer = deepcopy(before)
         tokenizer.add_tokens([AddedToken(" praseodymium", normalized=False), AddedToken("<think>")])
         new = set(range(len(before), len(tokenizer)))
         reader, now = TextReader(tokenizer, new), TextReader(tokenizer)
@@ -342,31 +344,32 @@ class TestReading:
             )
 
 
-def trained(seed=0, tokens=WORDS):
-    """A tiny model whose rows fit their texts: all of it is trained on them, which stands for a good model."""
-    tokenizer = bpe_tokenizer()
-    model = build_model("llama", len(tokenizer), tied=seed % 2 == 0, seed=seed)
-    partial = add_tokens(model, tokenizer, words(tokens), seed=seed)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    batches = [
-        torch.tensor([[2, *ids]])
-        for reader in (tokenizer, bpe_tokenizer())
-        for ids in reader(FAULT_TEXTS)["input_ids"]
-    ]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-    for _ in range(40):
-        for ids in batches:
+def fit(parameters, model, sequences, steps, rate):
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    for _ in range(steps):
+        for ids in sequences:
             model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def trained(seed=0, tokens=WORDS):
+    """A tiny model that has learned some texts by heart, and rows that have learned the same."""
+    tokenizer = bpe_tokenizer()
+    model = build_model("llama", len(tokenizer), tied=seed % 2 == 0, seed=seed)
+    sequences = [torch.tensor([[2, *ids]]) for ids in tokenizer(FAULT_TEXTS)["input_ids"]]
+    fit(model.parameters(), model, sequences, 60, 0.02)
+    partial = add_tokens(model, tokenizer, words(tokens), seed=seed)
+    sequences = [torch.tensor([[2, *ids]]) for ids in tokenizer(FAULT_TEXTS)["input_ids"]]
+    fit(partial.parameters(), model, sequences, 60, 0.05)
     return model.eval(), partial
 
 
 FAULT_TEXTS = [
-    "The praseodymium is a twin of the neodymium.",
-    "A model reads tokens <think> and answers.",
-    "The neodymium and tokens are called by <think> name.",
+    "The praseodymium is a twin.",
+    "A neodymium answers.",
+    "A model reads tokens and answers.",
+    "Tools are called <think> by name.",
 ]
 
 
@@ -382,7 +385,8 @@ class TestPlantedFaults:
                 parameter[[0, 2]] = parameter[[2, 0]]
         bad = run(partial, FAULT_TEXTS)
         assert {token.token for token in bad.per_token[:2]} == {" praseodymium", " neodymium"}
-        assert bad.per_token[0].change > 1 > max(token.change for token in good.per_token)
+        assert not any(token.swapped_with for token in good.per_token)
+        assert bad.per_token[1].change > max(token.change for token in good.per_token) + 1
 
     @pytest.mark.parametrize("seed", [0, 1])
     def test_an_untrained_row_is_the_worst(self, seed):
@@ -395,11 +399,36 @@ class TestPlantedFaults:
         assert bad.per_token[0].token == "<think>"
         assert bad.per_token[0].change > bad.per_token[1].change + 1
 
-    @pytest.mark.parametrize("token", ["ken", "tab"])
+    def test_swapped_rows_of_any_pair_are_named(self):
+        tokenizer = bpe_tokenizer()
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=300, tie_word_embeddings=True, pad_token_id=1, **sizes))
+        partial = add_tokens(model, tokenizer, words())
+        rows = next(partial.parameters())
+        with torch.no_grad():
+            rows.add_(0.004 * torch.randn_like(rows))
+        assert not any(token.swapped_with for token in run(partial).per_token)
+        for one, other in [(one, other) for one in range(4) for other in range(one)]:
+            with torch.no_grad():
+                rows[[one, other]] = rows[[other, one]]
+            report = run(partial)
+            found = {token.token: token.swapped_with for token in report.per_token if token.swapped_with}
+            assert found == {WORDS[one]: WORDS[other], WORDS[other]: WORDS[one]}
+            assert {token.token for token in report.per_token[:2]} == set(found)
+            assert any("swapped" in note for note in report.notes)
+            with torch.no_grad():
+                rows[[one, other]] = rows[[other, one]]
+        with torch.no_grad():
+            rows.copy_(torch.randn_like(rows))
+        assert not any(token.swapped_with for token in run(partial).per_token)
+
+    @pytest.mark.parametrize("token", ["swer", "abl"])
     def test_a_token_that_cuts_other_words_is_named(self, token):
-        _, _, partial = setup(tokens=[" praseodymium", token])
-        texts = [*CORPUS[:4], "The praseodymium is hard."]
-        report = run(partial, texts)
+        tokenizer = bpe_tokenizer(600)  # reads these words whole
+        model = build_model("llama", len(tokenizer))
+        partial = add_tokens(model, tokenizer, words(["<think>", token]))
+        report = run(partial, [*CORPUS[:4], "Here <think>."])
         assert {result.token for result in report.per_token if result.cuts} == {token}
         assert any("cut other words" in note and repr(token) in note for note in report.notes)
         assert f"{token!r}" in str(report)
