@@ -114,7 +114,8 @@ class Tally:
         report.kl = self._kl.value
         report.leak_within = self._leak["within"].value
         elsewhere = self._leak["elsewhere"].value
-        report.leak = report.leak_within if elsewhere is None else elsewhere
+        if self.names:
+            report.leak = report.leak_within if elsewhere is None else elsewhere
         change = self._change["elsewhere"].value
         change = self._change["lead"].value if change is None else change
         report.perplexity_change = None if change is None else math.expm1(change)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from copy import deepcopy
+from itertools import combinations
 
 import pytest
 import torch
@@ -409,7 +410,7 @@ class TestPlantedFaults:
         with torch.no_grad():
             rows.add_(0.004 * torch.randn_like(rows))
         assert not any(token.swapped_with for token in run(partial).per_token)
-        for one, other in [(one, other) for one in range(4) for other in range(one)]:
+        for one, other in combinations(range(4), 2):
             with torch.no_grad():
                 rows[[one, other]] = rows[[other, one]]
             report = run(partial)
