@@ -138,16 +138,21 @@ class Scorer:
                 logits_before, logits_after = self.after.model.logits(torch.cat([befores, afters])).chunk(2)
             else:
                 logits_before, logits_after = self.before.model.logits(befores), self.after.model.logits(afters)
-            self._write_before(logits_before, [(text, token) for text, token, _, _, _ in part])
+            total = self._write_before(logits_before, [(text, token) for text, token, _, _, _ in part])
             self._write_after(logits_after, [(text, token) for text, _, token, _, _ in part])
-            divergences = _divergence(self.old.of(logits_before), self.old.of(logits_after).to(logits_before.device))
+            old = self.old.of(logits_before)
+            if self.old.count != self.before.outputs.count:  # the base model has outputs that are new tokens' now
+                total = old.logsumexp(1)
+            divergences = _divergence(old, total, self.old.of(logits_after).to(old.device))
             for (text, _, token, _, _), value in zip(part, divergences.tolist(), strict=True):
                 text.kl[token] = max(value, 0.0)
 
-    def _write_before(self, logits: Tensor, places: Sequence[tuple[AlignedText, int]]) -> None:
+    def _write_before(self, logits: Tensor, places: Sequence[tuple[AlignedText, int]]) -> Tensor:
+        """Write the surprise; returns the logarithms of the softmax's denominators."""
         ids = _targets(logits, places, "before")
-        nats = self.before.outputs.of(logits).logsumexp(1) - logits.gather(1, ids[:, None])[:, 0]
-        _write_nats(nats, places, "before")
+        total = self.before.outputs.of(logits).logsumexp(1)
+        _write_nats(total - logits.gather(1, ids[:, None])[:, 0], places, "before")
+        return total
 
     def _write_after(self, logits: Tensor, places: Sequence[tuple[AlignedText, int]]) -> None:
         ids = _targets(logits, places, "after")
@@ -175,10 +180,10 @@ class Scorer:
                     text.first_nats[token] = value
 
 
-def _divergence(before: Tensor, after: Tensor) -> Tensor:
-    """`KL(softmax(before) || softmax(after))`, `(n,)`."""
-    shift = before.logsumexp(1) - after.logsumexp(1)
-    probability = before.softmax(1)
+def _divergence(before: Tensor, total: Tensor, after: Tensor) -> Tensor:
+    """`KL(softmax(before) || softmax(after))`, `(n,)`, with `total = before.logsumexp(1)`."""
+    shift = total - after.logsumexp(1)
+    probability = (before - total[:, None]).exp_()
     # An output that cannot be (its logit is -inf) adds nothing.
     difference = (before - after).masked_fill_(probability == 0, 0.0)
     return (probability * difference).sum(1) - shift
