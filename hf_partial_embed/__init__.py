@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .api import add_tokens, load_tokens, train_tokens
     from .attachment.partial import PartialEmbedding, TokenRows
     from .errors import FrozenRowsChangedError, PartialEmbeddingError
+    from .evaluation.evaluate import evaluate
     from .files.checkpoints import verify_checkpoint
     from .modules.embedding import SplitEmbedding
     from .modules.linear import SplitLinear
@@ -34,6 +35,7 @@ __all__ = [
     "TokenRows",
     "add_tokens",
     "choose_tokens",
+    "evaluate",
     "linear_cross_entropy",
     "load_tokens",
     "mask_gradients",
@@ -49,6 +51,7 @@ __getattr__, __dir__ = lazy_names(
         "load_tokens": "api",
         "train_tokens": "api",
         "choose_tokens": "tokens.choosing",
+        "evaluate": "evaluation.evaluate",
         "PartialEmbedding": "attachment.partial",
         "TokenRows": "attachment.partial",
         "PartialEmbeddingCallback": "training.callback",

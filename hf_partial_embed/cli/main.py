@@ -15,6 +15,7 @@ from ..errors import PartialEmbeddingError, visible
 from .choose import add_choose
 from .compare import add_verify
 from .convert import add_convert
+from .evaluate import add_evaluate
 from .output import BAD_INPUT, CRASHED, INTERRUPTED, OK, VisibleFormatter, silence
 from .prepare import add_add, add_merge
 from .show import add_info, add_neighbours
@@ -38,7 +39,9 @@ exit status:
 
 
 # In the order in which the help lists them.
-_COMMANDS = (add_info, add_choose, add_add, add_merge, add_verify, add_convert, add_neighbours)
+_COMMANDS = (
+    add_info, add_choose, add_add, add_merge, add_evaluate, add_verify, add_convert, add_neighbours,
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
