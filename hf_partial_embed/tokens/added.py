@@ -110,7 +110,8 @@ def without_tokens_from(tokenizer: Any, size: int) -> Any:
     Returns:
         The tokenizer itself if there are none, else a copy.
     """
-    beyond = {text for text, token_id in tokenizer.get_added_vocab().items() if token_id >= size}
+    added = tokenizer.get_added_vocab() if hasattr(tokenizer, "get_added_vocab") else {}
+    beyond = {text for text, token_id in added.items() if token_id >= size}
     if not beyond:
         return tokenizer
     before = deepcopy(tokenizer)
