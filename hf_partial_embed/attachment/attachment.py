@@ -15,17 +15,21 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from ..errors import FrozenRowsChangedError, PartialEmbeddingError, shorten
+from ..initializers.initial_values import initial_values
 from ..layout.resizing import REGISTRY
 from ..layout.storage import PlainTables
 from ..layout.tables import Table, VocabularyLayout, find_layout
 from ..modules.mask import MaskHandle
 from ..modules.rows import ForwardScope, PartialModule
 from ..modules.sharding import is_sharded, set_whole, trained_rows
+from ..tokens.entering import piece_id, plan_again
+from ..tokens.merges import Piece
 from ..tokens.vocabulary import known_id
 from .growth import Growth
 from .steps import (
     SCOPE,
     AddTokens,
+    EnterPieces,
     Freeze,
     HideRows,
     Mask,
@@ -59,6 +63,7 @@ class Attachment:
         dtype: dtype of the trainable rows under `"split"`.
         pieces: for each token the ids of what its text was read as before it was added; `None` where the tokens
             were there already.
+        entries: for each token the piece of the vocabulary that it is; `None` for an added token.
         trainable: whether they train at first.
     """
 
@@ -74,6 +79,7 @@ class Attachment:
         output: str | bool,
         dtype: torch.dtype | None,
         pieces: Sequence[Sequence[int]] | None = None,
+        entries: Sequence[Piece | None] | None = None,
         trainable: bool = True,
     ) -> None:
         self.model = model
@@ -84,6 +90,7 @@ class Attachment:
         self.output = output
         self.dtype = dtype
         self.pieces = None if pieces is None else [list(ids) for ids in pieces]
+        self.entries = list(entries or [None] * len(self.tokens))
         self.trainable = trainable
         self.rows: dict[str, Any] = dict(rows)
         self.ids: list[int] = []
@@ -172,14 +179,57 @@ class Attachment:
     def _give_ids(self) -> list[int]:
         if self.fixed_ids is not None:
             return self.fixed_ids
+        ids = {
+            token.content: known_id(self.tokenizer, token.content)
+            if piece is None
+            else piece_id(self.tokenizer, piece)
+            for token, piece in zip(self.tokens, self.entries, strict=True)
+        }
+        if any(piece is not None and ids[piece.text] is None for piece in self.entries):
+            ids.update(self._enter_pieces([piece for piece in self.entries if piece and ids[piece.text] is None]))
         texts = [token.content for token in self.tokens]
-        ids = {text: known_id(self.tokenizer, text) for text in texts}
         new = [token for token in self.tokens if ids[token.content] is None]
         if new:
             step = AddTokens(self.tokenizer, new)
             self._do(step)
             ids.update(zip((token.content for token in new), step.ids, strict=True))
         return [token_id for text in texts if (token_id := ids[text]) is not None]
+
+    def _enter_pieces(self, pieces: list[Piece]) -> dict[str, int]:
+        """Plan pieces over what is in the vocabulary now, and put them in; returns ids by text.
+
+        Where another set has gone whose pieces were parts of these, they need parts of their own, which get rows.
+        """
+        planned = {piece.text: piece for piece in plan_again(self.tokenizer, pieces)}
+        texts = {token.content for token in self.tokens}
+        parts = [piece for piece in planned.values() if piece.text not in texts]
+        self.entries = [piece and planned.get(piece.text, piece) for piece in self.entries]
+        if self.pieces is not None:
+            self.pieces = [
+                list(planned[token.content].made_of) if token.content in planned else ids
+                for token, ids in zip(self.tokens, self.pieces, strict=True)
+            ]
+        if parts:
+            self._take_in(parts)
+        step = EnterPieces(self.tokenizer, [piece for piece in self.entries if piece and piece.text in planned])
+        self._do(step)
+        return {piece.text: token_id for piece, token_id in zip(step.pieces, step.ids, strict=True)}
+
+    def _take_in(self, parts: list[Piece]) -> None:
+        """Give further parts rows, which start from what they are made of."""
+        tokens = [AddedToken(part.text, normalized=True) for part in parts]
+        made_of = [list(part.made_of) for part in parts]
+        layout = find_layout(self.model)
+        values = initial_values(self.model, self.tokenizer, layout, tokens, None, "subtoken_mean", 0, pieces=made_of)
+        for name, rows in self.rows.items():
+            if name in values:
+                added = values[name].to(device=rows.device, dtype=rows.dtype)
+                longer = torch.cat([rows.detach(), added])
+                self.rows[name] = nn.Parameter(longer) if isinstance(rows, nn.Parameter) else longer
+        self.tokens += tokens
+        self.entries += parts
+        if self.pieces is not None:
+            self.pieces += made_of
 
     def _trains(self, table: Table) -> bool:
         return table.has_rows and (self.output is not False or table.role in ("input", "extra"))
@@ -314,7 +364,7 @@ class Attachment:
         for attachment in sets:
             attachment._keep_rows()
         gradients = {id(p): (p, p.grad) for other in sets for p in map(other.parameter, other.trained)}
-        digests = [attachment._digests for attachment in sets]
+        before = [attachment._own_state() for attachment in sets]
         try:
             for other in reversed(sets[1:]):
                 other._undo()
@@ -324,12 +374,19 @@ class Attachment:
         except BaseException:
             for attachment in reversed(sets):
                 attachment._undo()
-            for attachment, before in zip(sets, digests, strict=True):
+            for attachment, (state, digests) in zip(sets, before, strict=True):
+                attachment.__dict__.update(state)
                 attachment.apply()
-                attachment._digests = before
+                attachment._digests = digests
             for parameter, gradient in gradients.values():
                 parameter.grad = gradient
             raise
+
+    def _own_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Which tokens and rows it has, which planning it anew can change; and its digests."""
+        pieces = None if self.pieces is None else list(self.pieces)
+        state = {"tokens": list(self.tokens), "entries": list(self.entries), "pieces": pieces, "rows": dict(self.rows)}
+        return state, self._digests
 
     def _keep_rows(self) -> None:
         """Hold the rows' present values (and, under `"split"`, the parameters themselves)."""

@@ -23,6 +23,7 @@ from ..files.rows_file import ROWS_FILE, read_rows, write_rows
 from ..layout.tables import Table, VocabularyLayout, find_layout, model_name, row_keys
 from ..modules.splitting import check_ids
 from ..tokens.added import check_new, normalize_tokens, token_from_dict, token_to_dict
+from ..tokens.merges import Piece
 from ..tokens.vocabulary import display_names, encode_all, known_id, plain_tokenizer
 from .additions import change_without_additions
 from .attachment import Attachment
@@ -519,12 +520,13 @@ def attach_rows(
     dtype: torch.dtype | None,
     ids: Sequence[int] | None = None,
     pieces: Sequence[Sequence[int]] | None = None,
+    entries: Sequence[Piece | None] | None = None,
     trainable: bool = True,
 ) -> PartialEmbedding:
     """Put a set of rows on a model; see `Attachment`."""
     attachment = Attachment(
         model, tokenizer, tokens=tokens, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype,
-        pieces=pieces, trainable=trainable,
+        pieces=pieces, entries=entries, trainable=trainable,
     )  # fmt: skip
     partial = PartialEmbedding(attachment)
     attachment.apply(layout)

@@ -21,10 +21,13 @@ from ..modules.rows import ForwardScope, PartialModule
 from ..modules.sharding import is_dtensor, shard_with
 from ..modules.splitting import next_row_name, split_module, unsplit_module
 from ..tokens.added import add_to_tokenizer, remove_from_tokenizer
+from ..tokens.entering import enter_pieces, pins_of, take_back
+from ..tokens.merges import Piece
 
 __all__ = [
     "SCOPE",
     "AddTokens",
+    "EnterPieces",
     "Freeze",
     "HideRows",
     "Mask",
@@ -64,6 +67,31 @@ class AddTokens:
         if self.begun:
             remove_from_tokenizer(self.tokenizer, [token.content for token in self.tokens])
             self.begun = False
+
+
+class EnterPieces:
+    """Put pieces into a tokenizer's vocabulary.
+
+    Args:
+        tokenizer: a fast one.
+        pieces: planned over what is there now, in the order in which they get ids.
+    """
+
+    lasts = True
+
+    def __init__(self, tokenizer: Any, pieces: list[Piece]) -> None:
+        self.tokenizer, self.pieces, self.ids = tokenizer, pieces, list[int]()
+        self.pins: dict[str, int] | None = None
+
+    def do(self) -> None:
+        self.pins = pins_of(self.tokenizer)
+        ranked = sorted(self.pieces, key=lambda piece: piece.rank)
+        self.ids = enter_pieces(self.tokenizer, ranked, self.pieces, self.pins)
+
+    def undo(self) -> None:
+        if self.pins is not None:
+            take_back(self.tokenizer, self.pieces, self.pins)
+            self.pins = None
 
 
 class WriteRows:

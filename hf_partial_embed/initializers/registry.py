@@ -29,6 +29,8 @@ class InitRequest:
         padding: id of the padding, whose row is not trained; `None` where there is none.
         model, tokenizer: as they were passed to `add_tokens`, before anything was added.
         generator: source of random numbers, seeded with `add_tokens(..., seed=)`.
+        preview: the tokenizer as it is going to be (`tokens.entering.Preview`), where some of the tokens become
+            pieces of its vocabulary; else `None`.
         memo: kept from one table to the next within one `add_tokens`, for what is costly and serves all
             of them (texts that a model has generated).
     """
@@ -41,6 +43,7 @@ class InitRequest:
     model: Any
     tokenizer: Any
     generator: torch.Generator
+    preview: Any = None
     memo: dict[str, Any] = field(default_factory=dict)
 
     @cached_property

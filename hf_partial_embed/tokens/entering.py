@@ -1,0 +1,323 @@
+"""How new tokens enter a tokenizer: as pieces of its vocabulary, or as added tokens; and the way back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import AddedToken
+
+from ..errors import PartialEmbeddingError, shorten
+from .backend import change_state, changed_copy
+from .merges import KINDS, Piece, Planner, planner_of
+from .spelling import CONTEXTS, Spelling
+from .vocabulary import encode_all
+
+__all__ = [
+    "ENTRIES",
+    "Entering",
+    "Preview",
+    "enter_pieces",
+    "piece_id",
+    "pieces_of",
+    "pins_of",
+    "plan_again",
+    "plan_tokens",
+    "take_back",
+]
+
+logger = logging.getLogger(__name__)
+
+ENTRIES = ("auto", "added", "vocabulary")
+
+
+@dataclass(frozen=True)
+class Entering:
+    """New tokens as they are going to enter.
+
+    Attributes:
+        tokens: the asked ones in their order, then parts.
+        pieces: for each of them the piece of the vocabulary that it is; `None` for an added token.
+    """
+
+    tokens: list[AddedToken]
+    pieces: list[Piece | None]
+
+    @property
+    def num_parts(self) -> int:
+        return sum(piece is not None and not piece.asked for piece in self.pieces)
+
+
+def plan_tokens(tokenizer: Any, tokens: Sequence[AddedToken], plain: Sequence[bool], entry: str) -> Entering:
+    """Decide how each new token enters, and which parts come along. The tokenizer is only read.
+
+    Args:
+        tokenizer: a tokenizer.
+        tokens: new ones.
+        plain: for each whether it was given as a `str`.
+        entry: `"auto"`, `"added"` or `"vocabulary"`.
+
+    Raises:
+        `PartialEmbeddingError`: no such entry; tokens that exist; with `"vocabulary"`, tokens that cannot be pieces
+            of this vocabulary.
+    """
+    if entry not in ENTRIES:
+        raise PartialEmbeddingError(f"entry={entry!r} is none of {', '.join(map(repr, ENTRIES))}.")
+    if entry == "added":
+        return Entering(list(tokens), [None] * len(tokens))
+    candidates = [
+        token
+        for token, is_plain in zip(tokens, plain, strict=True)
+        if entry == "vocabulary" or _is_word(token, is_plain)
+    ]
+    refused: dict[str, PartialEmbeddingError] = {}
+    planned: list[Piece] = []
+    if candidates:
+        try:
+            planner = planner_of(tokenizer)
+            _check_ids(tokenizer)
+            planned, refused = _plan(tokenizer, planner, candidates)
+        except _KnownTokens:
+            raise
+        except PartialEmbeddingError as error:
+            refused = {token.content: error for token in candidates}
+    if refused and entry == "vocabulary":
+        first = next(iter(refused.values()))
+        more = f" The same holds for, or hinders, {len(refused) - 1} more of the tokens." if len(refused) > 1 else ""
+        raise PartialEmbeddingError(f"{first}{more}") from first
+    asked = {piece.text: piece for piece in planned if piece.asked}
+    parts = [piece for piece in planned if not piece.asked]
+    both = sorted({token.content for token in tokens} & {part.text for part in parts})
+    if both:
+        raise PartialEmbeddingError(
+            f"{shorten(both)} would come into the vocabulary as parts of other tokens, and cannot be added tokens at "
+            "the same time. Leave them out."
+        )
+    return Entering(
+        [*tokens, *(AddedToken(part.text, normalized=True) for part in parts)],
+        [*(asked.get(token.content) for token in tokens), *parts],
+    )
+
+
+def _is_word(token: AddedToken, is_plain: bool) -> bool:
+    return is_plain and not token.special and "\ufffd" not in token.content
+
+
+def _plan(
+    tokenizer: Any, planner: Planner, tokens: Sequence[AddedToken]
+) -> tuple[list[Piece], dict[str, PartialEmbeddingError]]:
+    """Pieces for tokens, with their parts; and by text the reasons for those that cannot be pieces."""
+    refused: dict[str, PartialEmbeddingError] = {}
+    wanted, known = [], []
+    for token in tokens:
+        text = token.content
+        try:
+            _check_plain(token)
+            spelling = planner.spelling.spell(text)
+        except PartialEmbeddingError as error:
+            refused[text] = error
+            continue
+        token_id = tokenizer._tokenizer.token_to_id(spelling)
+        if token_id is None:
+            wanted.append(Piece(text, spelling))
+        else:
+            known.append(f"{text!r} (id {token_id}{'' if spelling == text else f', {spelling!r}'})")
+    if known:
+        verb = "is a token" if len(known) == 1 else "are tokens"
+        shown = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
+        raise _KnownTokens(
+            f"{shown} {verb} of this tokenizer already. Nothing was added. To train rows that exist, use train_tokens."
+        )
+    texts = {piece.spelling: piece.text for piece in wanted}
+    pieces, reasons = planner.plan(wanted)
+    never = _never_read(tokenizer, [piece for piece in pieces if piece.asked])
+    if never:  # without them, and without the parts that only they need
+        reasons.update(never)
+        pieces, more = planner.plan([piece for piece in wanted if piece.spelling not in reasons])
+        reasons.update(more)
+    refused.update({texts[spelling]: error for spelling, error in reasons.items()})
+    return pieces, refused
+
+
+class _KnownTokens(PartialEmbeddingError):
+    """Tokens are in the vocabulary already."""
+
+
+def _check_plain(token: AddedToken) -> None:
+    if token.special or token.lstrip or token.rstrip or token.single_word:
+        raise PartialEmbeddingError(
+            f"Token {token.content!r} is special or has flags (lstrip, rstrip, single_word), which only added tokens "
+            "have. Add it with entry='added'."
+        )
+    if "\ufffd" in token.content:
+        raise PartialEmbeddingError(
+            f"Token {token.content!r} has U+FFFD in it, which decoders write for half a character. Give whole "
+            "characters."
+        )
+
+
+def _check_ids(tokenizer: Any) -> None:
+    """A vocabulary with gaps would give new pieces the ids of tokens that are there."""
+    ids = set(tokenizer.get_vocab().values())
+    if ids and max(ids) + 1 != len(ids):
+        raise PartialEmbeddingError(
+            f"{type(tokenizer).__name__} has {len(ids)} tokens with ids up to {max(ids)}, so there are gaps, and new "
+            "pieces of the vocabulary would collide with old ones. Give the tokenizer a token for each id first."
+        )
+
+
+def _never_read(tokenizer: Any, pieces: Sequence[Piece]) -> dict[str, PartialEmbeddingError]:
+    """Pieces whose parts the tokenizer does not read side by side, wherever their text stands."""
+    left = list(pieces)
+    for context in CONTEXTS:
+        read = encode_all(tokenizer, [context + piece.text for piece in left], unknown=True)
+        left = [
+            piece for piece, ids in zip(left, read, strict=True) if tuple(ids[-len(piece.made_of) :]) != piece.made_of
+        ]
+    alone = encode_all(tokenizer, [piece.text for piece in left], unknown=True)
+    return {
+        piece.spelling: PartialEmbeddingError(
+            f"{piece.text!r} never comes to the tokenizer's vocabulary as a whole: its text is read as "
+            f"{tokenizer.convert_ids_to_tokens(ids)}, where a piece of the vocabulary would be made of "
+            f"{tokenizer.convert_ids_to_tokens(list(piece.made_of))}. Add it with entry='added'."
+        )
+        for piece, ids in zip(left, alone, strict=True)
+    }
+
+
+def pieces_of(tokenizer: Any, entering: Entering) -> list[list[int]]:
+    """For each token the ids of what its text is read as now."""
+    read = encode_all(tokenizer, [token.content for token in entering.tokens], unknown=True)
+    return [ids if piece is None else list(piece.made_of) for ids, piece in zip(read, entering.pieces, strict=True)]
+
+
+def plan_again(tokenizer: Any, pieces: Sequence[Piece]) -> list[Piece]:
+    """Plan pieces over what is in the vocabulary now, and the parts that they need now.
+
+    Args:
+        tokenizer: where they are to come in; they are not there.
+        pieces: planned before, there or on another copy of the base.
+
+    Raises:
+        `PartialEmbeddingError`: one of them cannot come in.
+    """
+    planner = planner_of(tokenizer)
+    _check_ids(tokenizer)
+    planned, refused = planner.plan(sorted(pieces, key=lambda piece: piece.rank))
+    for spelling, error in refused.items():
+        raise PartialEmbeddingError(f"{spelling!r} cannot come into the vocabulary as it is now. {error}") from error
+    return planned
+
+
+def piece_id(tokenizer: Any, piece: Piece) -> int | None:
+    """The id of a piece, `None` where the vocabulary does not have it."""
+    backend = tokenizer._tokenizer if getattr(tokenizer, "is_fast", False) else None
+    found: int | None = None if backend is None else backend.token_to_id(piece.spelling)
+    return found
+
+
+def enter_pieces(
+    tokenizer: Any, pieces: Sequence[Piece], order: Sequence[Piece], pins: Mapping[str, int]
+) -> list[int]:
+    """Put planned pieces into the vocabulary, in place; returns their ids, in the order of `order`.
+
+    Args:
+        tokenizer: whose truncation, padding and splitting of special tokens stay as they are.
+        pieces: by rank.
+        order: the same, in the order of their ids.
+        pins: what `pins_of` says.
+
+    Raises:
+        `PartialEmbeddingError`: an added token would be read where it was not. The tokenizer is as it was.
+    """
+    backend = tokenizer._tokenizer
+    planner = KINDS[type(backend.model).__name__]
+    ids = {piece.spelling: token_id for token_id, piece in enumerate(order, len(tokenizer))}
+    read = _as_text(tokenizer, pins)
+    change_state(backend, lambda state: planner.enter(state["model"], pieces, ids, dict(pins)))
+    wrong = [text for text, now in _as_text(tokenizer, pins).items() if now != read[text]]
+    if wrong:
+        take_back(tokenizer, pieces, pins)
+        raise PartialEmbeddingError(
+            f"The added tokens {shorten(wrong)} would be found where they are not now, if they had a place in the "
+            f"vocabulary of {type(tokenizer).__name__}, as pieces behind them need. Add the tokens with entry='added'."
+        )
+    return list(ids.values())
+
+
+def take_back(tokenizer: Any, pieces: Sequence[Piece], pins: Mapping[str, int]) -> None:
+    """The inverse of `enter_pieces`; harmless where they are not in.
+
+    Raises:
+        `PartialEmbeddingError`: other tokens have come behind them, which would get other ids.
+    """
+    backend = tokenizer._tokenizer
+    own = [token_id for piece in pieces if (token_id := backend.model.token_to_id(piece.spelling)) is not None]
+    if not own:
+        return
+    behind = [text for text, token_id in tokenizer.get_vocab().items() if token_id > max(own)]
+    if behind:
+        raise PartialEmbeddingError(
+            f"The pieces {shorten([piece.text for piece in pieces])} cannot be taken out of the vocabulary: "
+            f"{shorten(behind)} came behind them and would get other ids. Take those off first."
+        )
+    planner = KINDS[type(backend.model).__name__]
+    change_state(backend, lambda state: planner.leave(state["model"], pieces, pins))
+
+
+def pins_of(tokenizer: Any) -> dict[str, int]:
+    """Added tokens, with their ids, that the vocabulary has no place for yet."""
+    model = tokenizer._tokenizer.model
+    return {
+        token.content: token_id
+        for token_id, token in sorted(tokenizer.added_tokens_decoder.items())
+        if model.token_to_id(token.content) is None
+    }
+
+
+def _as_text(tokenizer: Any, texts: Mapping[str, int]) -> dict[str, list[int]]:
+    """What the model makes of added tokens' texts where they come to it, not having been cut out."""
+    backend, decoder = tokenizer._tokenizer, tokenizer.added_tokens_decoder
+    spelling, model = Spelling(backend), backend.model
+    tokens = [decoder[token_id] for token_id in texts.values()]
+    return {
+        token.content: [piece.id for part in spelling.pre_tokens(token.content) for piece in model.tokenize(part)]
+        for token in tokens
+        if token.special or token.single_word or (not token.normalized and backend.normalizer is not None)
+    }
+
+
+class Preview:
+    """A tokenizer as it is going to be, with new pieces in its vocabulary.
+
+    Args:
+        tokenizer: as it is; it is only read.
+        pieces: those of new tokens, `None` for added ones, which are not in it.
+
+    Attributes:
+        ids: for each token its id here, `None` for an added one.
+    """
+
+    def __init__(self, tokenizer: Any, pieces: Sequence[Piece | None]) -> None:
+        there = [piece for piece in pieces if piece is not None]
+        given = {piece.spelling: token_id for token_id, piece in enumerate(there, len(tokenizer))}
+        self.ids = [None if piece is None else given[piece.spelling] for piece in pieces]
+        self._made_of = {given[piece.spelling]: piece.made_of for piece in there}
+        pins, ranked = pins_of(tokenizer), sorted(there, key=lambda piece: piece.rank)
+        planner = KINDS[type(tokenizer._tokenizer.model).__name__]
+        self._backend = changed_copy(
+            tokenizer._tokenizer, lambda state: planner.enter(state["model"], ranked, given, pins)
+        )
+        self._backend.no_truncation()
+        self._backend.no_padding()
+
+    def read(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text alone."""
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def expand(self, ids: Sequence[int]) -> list[int]:
+        """Each new id as the ids that it was read as before."""
+        return [part for token_id in ids for part in self._made_of.get(token_id, (token_id,))]
