@@ -74,7 +74,8 @@ def add_tokens(
 
     Raises:
         `PartialEmbeddingError`: tokens that are known, repeated, empty or never used; ones that cannot enter a
-            vocabulary, if that was asked for; a model whose vocabulary cannot grow; arguments that do not fit. Model and tokenizer are unchanged.
+            vocabulary, if that was asked for; a model whose vocabulary cannot grow; arguments that do not
+            fit. Model and tokenizer are unchanged.
     """
     tokenizer = plain_tokenizer(tokenizer, needed=True)
     starts: Mapping[Any, Any] = tokens if isinstance(tokens, Mapping) else {}

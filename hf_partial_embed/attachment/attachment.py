@@ -22,7 +22,7 @@ from ..layout.tables import Table, VocabularyLayout, find_layout
 from ..modules.mask import MaskHandle
 from ..modules.rows import ForwardScope, PartialModule
 from ..modules.sharding import is_sharded, set_whole, trained_rows
-from ..tokens.entering import piece_id, plan_again
+from ..tokens.entering import described_tokens, piece_id, plan_again
 from ..tokens.merges import Piece
 from ..tokens.vocabulary import known_id
 from .growth import Growth
@@ -40,13 +40,18 @@ from .steps import (
     WriteRows,
 )
 
-__all__ = ["Attachment", "attachments_of"]
+__all__ = ["Attachment", "attachments_of", "ids_in_use"]
 
 
 def attachments_of(model: nn.Module) -> list[Attachment]:
     """The row sets that are attached to a model, the oldest first."""
     found: list[Attachment] = getattr(model, REGISTRY, None) or []
     return found
+
+
+def ids_in_use(model: nn.Module) -> set[int]:
+    """Ids of the rows that are in a set on a model."""
+    return {token_id for attachment in attachments_of(model) for token_id in attachment.ids}
 
 
 class Attachment:
@@ -107,6 +112,11 @@ class Attachment:
     def attached(self) -> bool:
         """Whether the rows are on the model now."""
         return self in attachments_of(self.model)
+
+    def described_tokens(self) -> list[dict[str, Any]]:
+        """Its tokens as a row file has them."""
+        kind = type(self.tokenizer._tokenizer.model).__name__ if any(self.entries) else ""
+        return described_tokens(self.tokens, self.entries, kind)
 
     @property
     def offloaded(self) -> bool:
@@ -185,22 +195,27 @@ class Attachment:
             else piece_id(self.tokenizer, piece)
             for token, piece in zip(self.tokens, self.entries, strict=True)
         }
-        if any(piece is not None and ids[piece.text] is None for piece in self.entries):
-            ids.update(self._enter_pieces([piece for piece in self.entries if piece and ids[piece.text] is None]))
-        texts = [token.content for token in self.tokens]
         new = [token for token in self.tokens if ids[token.content] is None]
+        kept = dict[str, int]()
+        if any(piece is not None and ids[piece.text] is None for piece in self.entries):
+            entered = self._enter_pieces({token.content for token in new})
+            ids.update({piece.text: entered.ids[piece.spelling] for piece in entered.pieces})
+            kept = entered.pins
+        texts = [token.content for token in self.tokens]
+        new = [token for token in new if ids[token.content] is None]
         if new:
-            step = AddTokens(self.tokenizer, new)
+            step = AddTokens(self.tokenizer, new, kept)
             self._do(step)
             ids.update(zip((token.content for token in new), step.ids, strict=True))
         return [token_id for text in texts if (token_id := ids[text]) is not None]
 
-    def _enter_pieces(self, pieces: list[Piece]) -> dict[str, int]:
-        """Plan pieces over what is in the vocabulary now, and put them in; returns ids by text.
+    def _enter_pieces(self, new: set[str]) -> EnterPieces:
+        """Plan those pieces that are new over what is in the vocabulary now, and put them in.
 
         Where another set has gone whose pieces were parts of these, they need parts of their own, which get rows.
         """
-        planned = {piece.text: piece for piece in plan_again(self.tokenizer, pieces)}
+        missing = [piece for piece in self.entries if piece is not None and piece.text in new]
+        planned = {piece.text: piece for piece in plan_again(self.tokenizer, missing)}
         texts = {token.content for token in self.tokens}
         parts = [piece for piece in planned.values() if piece.text not in texts]
         self.entries = [piece and planned.get(piece.text, piece) for piece in self.entries]
@@ -211,9 +226,14 @@ class Attachment:
             ]
         if parts:
             self._take_in(parts)
-        step = EnterPieces(self.tokenizer, [piece for piece in self.entries if piece and piece.text in planned])
+        came = [
+            (token, piece)
+            for token, piece in zip(self.tokens, self.entries, strict=True)
+            if token.content in new or token.content in planned
+        ]
+        step = EnterPieces(self.tokenizer, [token for token, _ in came], [piece for _, piece in came])
         self._do(step)
-        return {piece.text: token_id for piece, token_id in zip(step.pieces, step.ids, strict=True)}
+        return step
 
     def _take_in(self, parts: list[Piece]) -> None:
         """Give further parts rows, which start from what they are made of."""

@@ -22,11 +22,12 @@ from ..files.hub import locate_rows, merged_card, rows_card, upload, write_card
 from ..files.rows_file import ROWS_FILE, read_rows, write_rows
 from ..layout.tables import Table, VocabularyLayout, find_layout, model_name, row_keys
 from ..modules.splitting import check_ids
-from ..tokens.added import check_new, normalize_tokens, token_from_dict, token_to_dict
+from ..tokens.added import normalize_tokens, token_to_dict
 from ..tokens.merges import Piece
-from ..tokens.vocabulary import display_names, encode_all, known_id, plain_tokenizer
+from ..tokens.vocabulary import display_names, plain_tokenizer
 from .additions import change_without_additions
-from .attachment import Attachment
+from .arriving import arriving_tokens
+from .attachment import Attachment, ids_in_use
 from .fitting import fit_rows
 from .options import ROW_DTYPES, check_options
 
@@ -153,7 +154,7 @@ class PartialEmbedding:
         keys = row_keys(attachment.layout)
         return TokenRows.from_tensors(
             {key: attachment.current_rows(table) for key, table in keys.items()},
-            added_tokens=[token_to_dict(token) for token in attachment.tokens],
+            added_tokens=attachment.described_tokens(),
             token_ids=self.token_ids,
             base_model=model_name(self.model),
             tied=attachment.layout.tied,
@@ -483,28 +484,18 @@ class TokenRows:
                 do not fit. Nothing has changed.
         """
         tokenizer = plain_tokenizer(tokenizer, needed=bool(self.tokens))
-        added = [token_from_dict(token) for token in self.added_tokens]
-        if added:
-            added = normalize_tokens(added, special=False)
-        known = {token.content: known_id(tokenizer, token.content) for token in added}
-        new = [token for token in added if known[token.content] is None]
-        if new:
-            check_new(tokenizer, new)
-        layout = find_layout(model, len(tokenizer) + len(new) if new else None)
+        arriving = arriving_tokens(tokenizer, self.added_tokens, ids_in_use(model))
+        layout = find_layout(model, len(tokenizer) + arriving.num_new if arriving.num_new else None)
         check_options(layout, strategy, output, dtype)
-        rows = fit_rows(self.tensors(), model, tokenizer, layout, added, base_model=self.base_model, tied=self.tied)
-        ids = None
-        pieces: list[list[int]] | None = None
-        if self.tokens:
-            read = encode_all(tokenizer, self.tokens, unknown=True)
-            pieces = [
-                ids if (old := known[token]) is None else [old] for token, ids in zip(self.tokens, read, strict=True)
-            ]
-        else:
-            ids = check_ids(self.token_ids, min(table.size for table in layout.tables))
+        values = (
+            {name: rows[arriving.kept] for name, rows in self.tensors().items()} if self.tokens else self.tensors()
+        )
+        rows = fit_rows(values, model, tokenizer, layout, arriving, base_model=self.base_model, tied=self.tied)
+        ids = None if self.tokens else check_ids(self.token_ids, min(table.size for table in layout.tables))
         return attach_rows(
-            model, tokenizer, layout, tokens=added, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype,
-            pieces=pieces, trainable=trainable,
+            model, tokenizer, layout, tokens=arriving.tokens, entries=arriving.entries, ids=ids, rows=rows,
+            strategy=strategy, output=output, dtype=dtype, pieces=arriving.pieces if self.tokens else None,
+            trainable=trainable,
         )  # fmt: skip
 
 

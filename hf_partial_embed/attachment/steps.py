@@ -21,7 +21,7 @@ from ..modules.rows import ForwardScope, PartialModule
 from ..modules.sharding import is_dtensor, shard_with
 from ..modules.splitting import next_row_name, split_module, unsplit_module
 from ..tokens.added import add_to_tokenizer, remove_from_tokenizer
-from ..tokens.entering import enter_pieces, pins_of, take_back
+from ..tokens.entering import enter_pieces, places, take_back
 from ..tokens.merges import Piece
 
 __all__ = [
@@ -55,13 +55,13 @@ class Step(Protocol):
 class AddTokens:
     lasts = True
 
-    def __init__(self, tokenizer: Any, tokens: list[AddedToken]) -> None:
-        self.tokenizer, self.tokens, self.ids = tokenizer, tokens, list[int]()
+    def __init__(self, tokenizer: Any, tokens: list[AddedToken], places: dict[str, int] | None = None) -> None:
+        self.tokenizer, self.tokens, self.places, self.ids = tokenizer, tokens, places, list[int]()
         self.begun = False
 
     def do(self) -> None:
         self.begun = True
-        self.ids = add_to_tokenizer(self.tokenizer, self.tokens)
+        self.ids = add_to_tokenizer(self.tokenizer, self.tokens, self.places)
 
     def undo(self) -> None:
         if self.begun:
@@ -74,24 +74,31 @@ class EnterPieces:
 
     Args:
         tokenizer: a fast one.
-        pieces: planned over what is there now, in the order in which they get ids.
+        tokens: the new tokens of the set, in the order of their ids.
+        entries: for each the piece that it is, planned over what is there now; `None` for an added token, for which
+            a place is kept where pieces come behind it.
     """
 
     lasts = True
 
-    def __init__(self, tokenizer: Any, pieces: list[Piece]) -> None:
-        self.tokenizer, self.pieces, self.ids = tokenizer, pieces, list[int]()
-        self.pins: dict[str, int] | None = None
+    def __init__(self, tokenizer: Any, tokens: list[AddedToken], entries: list[Piece | None]) -> None:
+        self.tokenizer, self.tokens, self.entries = tokenizer, tokens, entries
+        self.ids, self.pins = dict[str, int](), dict[str, int]()
+        self.begun = False
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return [piece for piece in self.entries if piece is not None]
 
     def do(self) -> None:
-        self.pins = pins_of(self.tokenizer)
-        ranked = sorted(self.pieces, key=lambda piece: piece.rank)
-        self.ids = enter_pieces(self.tokenizer, ranked, self.pieces, self.pins)
+        self.ids, self.pins = places(self.tokenizer, self.tokens, self.entries)
+        self.begun = True
+        enter_pieces(self.tokenizer, self.pieces, self.ids, self.pins)
 
     def undo(self) -> None:
-        if self.pins is not None:
+        if self.begun:
             take_back(self.tokenizer, self.pieces, self.pins)
-            self.pins = None
+            self.begun = False
 
 
 class WriteRows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ def new_rows(
     size = len(entering.tokens) - entering.num_parts
     preview = None
     if any(piece is not None for piece in entering.pieces):
-        preview = partial(Preview, tokenizer, entering.pieces)
+        preview = partial(Preview, tokenizer, entering.tokens, entering.pieces)
     asked = initial_values(
         model, tokenizer, layout, entering.tokens[:size], starts, init, seed, pieces=pieces[:size], preview=preview
     )
@@ -55,7 +55,7 @@ def initial_values(
     seed: int,
     *,
     pieces: Sequence[Sequence[int]] | None = None,
-    preview: Any = None,
+    preview: Callable[[], Preview] | None = None,
 ) -> dict[str, Tensor]:
     """Rows of each table of a model for tokens that are not added yet.
 
@@ -104,6 +104,7 @@ def initial_values(
             role=table.role,
             tokens=texts,
             pieces=own,
+            described=[isinstance(start, str) for start in given],
             preview=preview,
             padding=padding,
             model=model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from ..errors import PartialEmbeddingError, shorten
+from .added import check_new, token_to_dict
 from .backend import change_state, changed_copy
 from .merges import KINDS, Piece, Planner, planner_of
 from .spelling import CONTEXTS, Spelling
@@ -19,12 +21,16 @@ __all__ = [
     "ENTRIES",
     "Entering",
     "Preview",
+    "check_same_base",
+    "described_tokens",
     "enter_pieces",
     "piece_id",
     "pieces_of",
     "pins_of",
+    "places",
     "plan_again",
     "plan_tokens",
+    "stored_pieces",
     "take_back",
 ]
 
@@ -77,10 +83,10 @@ def plan_tokens(tokenizer: Any, tokens: Sequence[AddedToken], plain: Sequence[bo
     if candidates:
         try:
             planner = planner_of(tokenizer)
-            _check_ids(tokenizer)
+            _check_places(tokenizer, planner)
             planned, refused = _plan(tokenizer, planner, candidates)
-        except _KnownTokens:
-            raise
+        except _KnownTokens as error:
+            check_new(tokenizer, tokens, known=error.known)
         except PartialEmbeddingError as error:
             refused = {token.content: error for token in candidates}
     if refused and entry == "vocabulary":
@@ -110,7 +116,9 @@ def _plan(
 ) -> tuple[list[Piece], dict[str, PartialEmbeddingError]]:
     """Pieces for tokens, with their parts; and by text the reasons for those that cannot be pieces."""
     refused: dict[str, PartialEmbeddingError] = {}
-    wanted, known = [], []
+    wanted: list[Piece] = []
+    known: dict[str, int] = {}
+    added = {unicodedata.normalize("NFC", text): token_id for text, token_id in tokenizer.get_added_vocab().items()}
     for token in tokens:
         text = token.content
         try:
@@ -119,17 +127,13 @@ def _plan(
         except PartialEmbeddingError as error:
             refused[text] = error
             continue
-        token_id = tokenizer._tokenizer.token_to_id(spelling)
+        token_id = added.get(unicodedata.normalize("NFC", text), tokenizer._tokenizer.token_to_id(spelling))
         if token_id is None:
             wanted.append(Piece(text, spelling))
         else:
-            known.append(f"{text!r} (id {token_id}{'' if spelling == text else f', {spelling!r}'})")
+            known[text] = token_id
     if known:
-        verb = "is a token" if len(known) == 1 else "are tokens"
-        shown = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
-        raise _KnownTokens(
-            f"{shown} {verb} of this tokenizer already. Nothing was added. To train rows that exist, use train_tokens."
-        )
+        raise _KnownTokens(known)
     texts = {piece.spelling: piece.text for piece in wanted}
     pieces, reasons = planner.plan(wanted)
     never = _never_read(tokenizer, [piece for piece in pieces if piece.asked])
@@ -141,8 +145,11 @@ def _plan(
     return pieces, refused
 
 
-class _KnownTokens(PartialEmbeddingError):
+class _KnownTokens(Exception):
     """Tokens are in the vocabulary already."""
+
+    def __init__(self, known: dict[str, int]) -> None:
+        self.known = known
 
 
 def _check_plain(token: AddedToken) -> None:
@@ -158,13 +165,20 @@ def _check_plain(token: AddedToken) -> None:
         )
 
 
-def _check_ids(tokenizer: Any) -> None:
-    """A vocabulary with gaps would give new pieces the ids of tokens that are there."""
+def _check_places(tokenizer: Any, planner: Planner) -> None:
+    """Check that there are ids for new pieces, behind those of all tokens that are there."""
     ids = set(tokenizer.get_vocab().values())
     if ids and max(ids) + 1 != len(ids):
         raise PartialEmbeddingError(
             f"{type(tokenizer).__name__} has {len(ids)} tokens with ids up to {max(ids)}, so there are gaps, and new "
             "pieces of the vocabulary would collide with old ones. Give the tokenizer a token for each id first."
+        )
+    pins, decoder = pins_of(tokenizer), tokenizer.added_tokens_decoder
+    read = [text for text, token_id in pins.items() if _would_be_read(planner, decoder[token_id])]
+    if read:
+        raise PartialEmbeddingError(
+            f"The added tokens {shorten(read)} would be found where they are not now, if they had a place in the "
+            f"vocabulary of {type(tokenizer).__name__}, as pieces behind them need. Add the tokens with entry='added'."
         )
 
 
@@ -193,6 +207,69 @@ def pieces_of(tokenizer: Any, entering: Entering) -> list[list[int]]:
     return [ids if piece is None else list(piece.made_of) for ids, piece in zip(read, entering.pieces, strict=True)]
 
 
+def described_tokens(tokens: Sequence[AddedToken], pieces: Sequence[Piece | None], kind: str) -> list[dict[str, Any]]:
+    """Tokens as they are stored in a row file: text, flags and, for pieces of a vocabulary, what they are made of."""
+    return [
+        token_to_dict(token)
+        if piece is None
+        else {
+            **token_to_dict(token),
+            "vocabulary": {
+                "model": kind,
+                "piece": piece.spelling,
+                "parts": list(piece.parts),
+                "merged": piece.merged,
+                "asked": piece.asked,
+                "rank": piece.rank,
+            },
+        }
+        for token, piece in zip(tokens, pieces, strict=True)
+    ]
+
+
+def stored_pieces(tokens: Sequence[dict[str, Any]]) -> list[Piece | None]:
+    """The inverse, as far as a file can know: which ids a piece was made of depends on the tokenizer."""
+    return [
+        Piece(
+            token["content"], own["piece"], own["asked"], tuple(own["parts"]), merged=own["merged"], rank=own["rank"]
+        )
+        if (own := token.get("vocabulary"))
+        else None
+        for token in tokens
+    ]
+
+
+def check_same_base(tokenizer: Any, tokens: Sequence[dict[str, Any]]) -> None:
+    """Check that pieces of a row file fit a tokenizer's vocabulary.
+
+    Raises:
+        `PartialEmbeddingError`: its model is of another kind, or spells texts in another way.
+    """
+    stored = [token["vocabulary"] for token in tokens if "vocabulary" in token]
+    if not stored:
+        return
+    name = type(tokenizer).__name__
+    kind = planner_of(tokenizer).kind
+    other = next((own["model"] for own in stored if own["model"] != kind), None)
+    if other is not None:
+        raise PartialEmbeddingError(
+            f"These tokens are pieces of a {other} vocabulary, and the model of this {name} is {kind}, which has "
+            "other pieces. Load the tokenizer that belongs to the rows' base model."
+        )
+    spelling = Spelling(tokenizer._tokenizer)
+    strange = [
+        token["content"]
+        for token in tokens
+        if (own := token.get("vocabulary")) and (spelling.text_of(own["piece"]) or own["piece"]) != token["content"]
+    ]
+    if strange:
+        raise PartialEmbeddingError(
+            f"These tokens are pieces of a vocabulary that is spelled in another way than this {name}'s, which would "
+            f"not find {shorten(strange)} under the spelling that they have. Load the tokenizer that belongs to the "
+            "rows' base model."
+        )
+
+
 def plan_again(tokenizer: Any, pieces: Sequence[Piece]) -> list[Piece]:
     """Plan pieces over what is in the vocabulary now, and the parts that they need now.
 
@@ -204,7 +281,7 @@ def plan_again(tokenizer: Any, pieces: Sequence[Piece]) -> list[Piece]:
         `PartialEmbeddingError`: one of them cannot come in.
     """
     planner = planner_of(tokenizer)
-    _check_ids(tokenizer)
+    _check_places(tokenizer, planner)
     planned, refused = planner.plan(sorted(pieces, key=lambda piece: piece.rank))
     for spelling, error in refused.items():
         raise PartialEmbeddingError(f"{spelling!r} cannot come into the vocabulary as it is now. {error}") from error
@@ -218,33 +295,49 @@ def piece_id(tokenizer: Any, piece: Piece) -> int | None:
     return found
 
 
-def enter_pieces(
-    tokenizer: Any, pieces: Sequence[Piece], order: Sequence[Piece], pins: Mapping[str, int]
-) -> list[int]:
-    """Put planned pieces into the vocabulary, in place; returns their ids, in the order of `order`.
+def enter_pieces(tokenizer: Any, pieces: Sequence[Piece], ids: Mapping[str, int], pins: Mapping[str, int]) -> None:
+    """Put planned pieces into the vocabulary, in place.
 
     Args:
         tokenizer: whose truncation, padding and splitting of special tokens stay as they are.
-        pieces: by rank.
-        order: the same, in the order of their ids.
-        pins: what `pins_of` says.
-
-    Raises:
-        `PartialEmbeddingError`: an added token would be read where it was not. The tokenizer is as it was.
+        pieces: planned over what is there now.
+        ids, pins: what `places` says.
     """
     backend = tokenizer._tokenizer
     planner = KINDS[type(backend.model).__name__]
-    ids = {piece.spelling: token_id for token_id, piece in enumerate(order, len(tokenizer))}
-    read = _as_text(tokenizer, pins)
-    change_state(backend, lambda state: planner.enter(state["model"], pieces, ids, dict(pins)))
-    wrong = [text for text, now in _as_text(tokenizer, pins).items() if now != read[text]]
-    if wrong:
-        take_back(tokenizer, pieces, pins)
-        raise PartialEmbeddingError(
-            f"The added tokens {shorten(wrong)} would be found where they are not now, if they had a place in the "
-            f"vocabulary of {type(tokenizer).__name__}, as pieces behind them need. Add the tokens with entry='added'."
-        )
-    return list(ids.values())
+    ranked = sorted(pieces, key=lambda piece: piece.rank)
+    change_state(backend, lambda state: planner.enter(state["model"], ranked, dict(ids), dict(pins)))
+
+
+def places(
+    tokenizer: Any, tokens: Sequence[AddedToken], pieces: Sequence[Piece | None]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """The ids of new tokens, in their order, behind all that are there.
+
+    Returns:
+        The ids of pieces by their spelling; and those of added tokens that need a place in the vocabulary, since
+        pieces come behind them: a backend that is loaded would give them others. Added tokens that the model would
+        find there come behind all pieces instead.
+    """
+    planner = planner_of(tokenizer)
+    ids, pins = {}, pins_of(tokenizer)
+    last = max((at for at, piece in enumerate(pieces) if piece is not None), default=-1)
+    next_id = len(tokenizer)
+    for at, (token, piece) in enumerate(zip(tokens, pieces, strict=True)):
+        if piece is not None:
+            ids[piece.spelling] = next_id
+        elif at < last and not _would_be_read(planner, token):
+            pins[token.content] = next_id
+        else:
+            continue
+        next_id += 1
+    return ids, pins
+
+
+def _would_be_read(planner: Planner, token: AddedToken) -> bool:
+    """Whether an added token's text comes to the model without being cut out, which then finds it."""
+    comes = token.special or token.single_word or (not token.normalized and planner.backend.normalizer is not None)
+    return comes and planner.reads(token.content)
 
 
 def take_back(tokenizer: Any, pieces: Sequence[Piece], pins: Mapping[str, int]) -> None:
@@ -277,35 +370,24 @@ def pins_of(tokenizer: Any) -> dict[str, int]:
     }
 
 
-def _as_text(tokenizer: Any, texts: Mapping[str, int]) -> dict[str, list[int]]:
-    """What the model makes of added tokens' texts where they come to it, not having been cut out."""
-    backend, decoder = tokenizer._tokenizer, tokenizer.added_tokens_decoder
-    spelling, model = Spelling(backend), backend.model
-    tokens = [decoder[token_id] for token_id in texts.values()]
-    return {
-        token.content: [piece.id for part in spelling.pre_tokens(token.content) for piece in model.tokenize(part)]
-        for token in tokens
-        if token.special or token.single_word or (not token.normalized and backend.normalizer is not None)
-    }
-
-
 class Preview:
     """A tokenizer as it is going to be, with new pieces in its vocabulary.
 
     Args:
         tokenizer: as it is; it is only read.
-        pieces: those of new tokens, `None` for added ones, which are not in it.
+        tokens: the new ones.
+        pieces: for each the piece of the vocabulary that it is; `None` for an added token, which is not found here.
 
     Attributes:
         ids: for each token its id here, `None` for an added one.
     """
 
-    def __init__(self, tokenizer: Any, pieces: Sequence[Piece | None]) -> None:
+    def __init__(self, tokenizer: Any, tokens: Sequence[AddedToken], pieces: Sequence[Piece | None]) -> None:
         there = [piece for piece in pieces if piece is not None]
-        given = {piece.spelling: token_id for token_id, piece in enumerate(there, len(tokenizer))}
+        given, pins = places(tokenizer, tokens, pieces)
         self.ids = [None if piece is None else given[piece.spelling] for piece in pieces]
         self._made_of = {given[piece.spelling]: piece.made_of for piece in there}
-        pins, ranked = pins_of(tokenizer), sorted(there, key=lambda piece: piece.rank)
+        ranked = sorted(there, key=lambda piece: piece.rank)
         planner = KINDS[type(tokenizer._tokenizer.model).__name__]
         self._backend = changed_copy(
             tokenizer._tokenizer, lambda state: planner.enter(state["model"], ranked, given, pins)

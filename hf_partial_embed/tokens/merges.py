@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from ..errors import PartialEmbeddingError
@@ -99,6 +100,13 @@ class Planner:
         """The inverse of `enter`."""
         raise NotImplementedError
 
+    def reads(self, text: str) -> bool:
+        """Whether the model would find an added token's text, if that had a place in the vocabulary.
+
+        It would come to the model where it is not cut out, as with `split_special_tokens`.
+        """
+        raise NotImplementedError
+
     def _taken(self, spelling: str) -> bool:
         return self.backend.token_to_id(spelling) is not None
 
@@ -107,7 +115,8 @@ class Planner:
 
     def _simple(self, wanted: Iterable[Piece]) -> tuple[list[Piece], dict[str, PartialEmbeddingError]]:
         """A plan where no piece needs parts of its own."""
-        made, refused = [], {}
+        made: list[Piece] = []
+        refused = {}
         for piece in wanted:
             try:
                 base = self.base(piece.spelling)
@@ -158,8 +167,8 @@ class BytePairs(Planner):
         tokens = self._tokenized(spelling)
         if "".join(value for value, _ in tokens) != spelling:
             raise PartialEmbeddingError(
-                f"{self.spelling.text_of(spelling) or spelling!r} has characters that the tokenizer's BPE does not know: it reads "
-                f"{[value for value, _ in tokens]}. Add it with entry='added'."
+                f"{self.spelling.text_of(spelling) or spelling!r} has characters that the tokenizer's BPE does not "
+                f"know: it reads {[value for value, _ in tokens]}. Add it with entry='added'."
             )
         return tokens
 
@@ -184,6 +193,9 @@ class BytePairs(Planner):
         ]
         return pieces, refused
 
+    def reads(self, text: str) -> bool:
+        return text in self.spelling.pre_tokens(text) and (self.whole_first or len(text) == 1)
+
     def _plan_one(self, piece: Piece) -> None:
         if piece.spelling in self._made:
             return
@@ -200,7 +212,7 @@ class BytePairs(Planner):
     def _choose(self, symbols: list[_Symbol], piece: Piece) -> int:
         """Where two neighbours are to be merged: what they make must have no other way to come about."""
         best: tuple[tuple[bool, bool, int], int] | None = None
-        for at, ((left, _), (right, _)) in enumerate(zip(symbols, symbols[1:], strict=False)):
+        for at, ((left, _), (right, _)) in enumerate(pairwise(symbols)):
             join = left + right
             made = self._made.get(join)
             if (made is None and self._taken(join)) or (made is not None and (made.merged or not self.whole_first)):
@@ -273,7 +285,7 @@ class BytePairs(Planner):
         while True:
             ranks = [
                 self._ranks.get((left, right), -1)
-                for (left, _), (right, _) in zip(symbols, symbols[1:], strict=False)
+                for (left, _), (right, _) in pairwise(symbols)
             ]  # fmt: skip
             known = [rank for rank in ranks if rank >= 0]
             if not known:
@@ -327,6 +339,10 @@ class ScoredPieces(Planner):
     def plan(self, wanted: Iterable[Piece]) -> tuple[list[Piece], dict[str, PartialEmbeddingError]]:
         return self._simple(wanted)
 
+    def reads(self, text: str) -> bool:
+        # Its score is below that of whatever else it can be read as, save for what is unknown.
+        return any(self.model.token_to_id(letter) is None for letter in text)
+
     @staticmethod
     def enter(model: dict[str, Any], pieces: Sequence[Piece], ids: dict[str, int], pins: dict[str, int]) -> None:
         table = model["vocab"]
@@ -338,7 +354,7 @@ class ScoredPieces(Planner):
         lowest = min(score for _, score in table)
         for text, token_id in pins.items():
             # Below whatever else it can be read as: an added token is not to be found by the model.
-            by_id[token_id] = [text, lowest * (len(text) + 1) - 100.0]
+            by_id[token_id] = [text, min(lowest, 0.0) * (len(text) + 1) - 100.0]
         for token_id in sorted(by_id):
             assert token_id == len(table), (token_id, len(table))
             table.append(by_id[token_id])
@@ -371,10 +387,13 @@ class WholeWords(Planner):
         for piece in listed:
             if piece not in whole:
                 refused[piece.spelling] = PartialEmbeddingError(
-                    f"{piece.text!r} is no whole word by itself, and only such come into a WordPiece vocabulary. Add it "
-                    "with entry='added'."
+                    f"{piece.text!r} is no whole word by itself, and only such come into a WordPiece vocabulary. "
+                    "Add it with entry='added'."
                 )
         return made, refused
+
+    def reads(self, text: str) -> bool:
+        return any(part.startswith(text) for part in self.spelling.pre_tokens(text))
 
     @staticmethod
     def enter(model: dict[str, Any], pieces: Sequence[Piece], ids: dict[str, int], pins: dict[str, int]) -> None:

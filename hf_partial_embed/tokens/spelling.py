@@ -41,7 +41,7 @@ class Spelling:
     def __init__(self, backend: Any) -> None:
         self._normalizer, self._pre_tokenizer = backend.normalizer, backend.pre_tokenizer
         self._anchor = "".join(self.pre_tokens(_ANCHOR))
-        self.byte_level = "".join(self.pre_tokens("中")).endswith("ä¸Ń")
+        self.byte_level = "".join(self.pre_tokens("中")).endswith("\u00e4\u00b8\u0143")
         self._bytes = _byte_letters() if self.byte_level else {}
         with_space = self._behind_anchor(" x")
         self.marks_spaces = with_space is not None and with_space != "x"
