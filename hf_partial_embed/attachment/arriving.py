@@ -9,8 +9,9 @@ from typing import Any
 from tokenizers import AddedToken
 
 from ..tokens.added import check_new, normalize_tokens, token_from_dict
-from ..tokens.entering import check_same_base, piece_id, plan_again, stored_pieces
-from ..tokens.merges import Piece
+from ..tokens.entering import piece_id, plan_again
+from ..tokens.pieces import Piece
+from ..tokens.stored import check_no_spellings, check_same_base, stored_pieces
 from ..tokens.vocabulary import encode_all, known_id
 
 __all__ = ["Arriving", "arriving_tokens"]
@@ -61,6 +62,7 @@ def arriving_tokens(tokenizer: Any, stored: Sequence[dict[str, Any]], in_use: se
     ]  # fmt: skip
     new = [tokens[row] for row in kept if ids[row] is None and entries[row] is None]
     if new:
+        check_no_spellings(tokenizer, new)
         check_new(tokenizer, new)
     missing = [piece for row in kept if ids[row] is None and (piece := entries[row]) is not None]
     planned = {piece.text: piece for piece in (plan_again(tokenizer, missing) if missing else [])}

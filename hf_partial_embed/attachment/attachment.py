@@ -3,6 +3,8 @@
 An `Attachment` changes things in small steps, each of which knows how to take itself back; whatever
 goes wrong on the way, the steps taken so far are undone in reverse. Steps hold data, no closures, so
 that an attachment can be deep-copied together with its model.
+
+One file, since putting on and taking off are two directions of one way, and share its state.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from ..layout.tables import Table, VocabularyLayout, find_layout
 from ..modules.mask import MaskHandle
 from ..modules.rows import ForwardScope, PartialModule
 from ..modules.sharding import is_sharded, set_whole, trained_rows
-from ..tokens.entering import described_tokens, piece_id, plan_again
-from ..tokens.merges import Piece
+from ..tokens.entering import piece_id, plan_again
+from ..tokens.pieces import Piece
+from ..tokens.stored import described_tokens
 from ..tokens.vocabulary import known_id
 from .growth import Growth
 from .steps import (

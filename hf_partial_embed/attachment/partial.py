@@ -23,7 +23,8 @@ from ..files.rows_file import ROWS_FILE, read_rows, write_rows
 from ..layout.tables import Table, VocabularyLayout, find_layout, model_name, row_keys
 from ..modules.splitting import check_ids
 from ..tokens.added import normalize_tokens, token_to_dict
-from ..tokens.merges import Piece
+from ..tokens.pieces import Piece
+from ..tokens.stored import entry_of
 from ..tokens.vocabulary import display_names, plain_tokenizer
 from .additions import change_without_additions
 from .arriving import arriving_tokens
@@ -65,6 +66,11 @@ class PartialEmbedding:
         """Ids, in the order of `tokens`."""
         return list(self._attachment.ids)
 
+    @property
+    def entries(self) -> list[str]:
+        """How each token entered the tokenizer: `"added"`, `"vocabulary"`, or `"part"` of one that did."""
+        return [entry_of(token) for token in self._attachment.described_tokens()]
+
     def expand(self, ids: Sequence[int]) -> list[int]:
         """Replace each new id by the ids of what its text was read as before the token was added.
 
@@ -80,6 +86,10 @@ class PartialEmbedding:
             return list(ids)
         made_of = dict(zip(self._attachment.ids, pieces, strict=True))
         return [piece for token_id in ids for piece in made_of.get(token_id, (token_id,))]
+
+    def vocabulary_pieces(self) -> list[tuple[int, ...]]:
+        """For each token in the vocabulary the ids that it is made of; none for added tokens."""
+        return [() if piece is None else piece.made_of for piece in self._attachment.entries]
 
     @property
     def strategy(self) -> str:
@@ -233,6 +243,7 @@ class PartialEmbedding:
                 display_names(self.tokens, self.token_ids),
                 base_model=model_name(self.model),
                 repo_id=repo_id,
+                entries=self.entries,
                 model_class=(self.model.config.architectures or [type(self.model).__name__])[0],
             )
             write_card(folder, card)
@@ -367,6 +378,11 @@ class TokenRows:
             tensors["output_bias"] = self.output_bias
         return {**tensors, **{f"extra.{name}": rows for name, rows in self.extra_rows.items()}}
 
+    @property
+    def entries(self) -> list[str]:
+        """How each token entered the tokenizer: `"added"`, `"vocabulary"`, or `"part"` of one that did."""
+        return [entry_of(token) for token in self.added_tokens]
+
     def __len__(self) -> int:
         return len(self.token_ids)
 
@@ -410,6 +426,7 @@ class TokenRows:
             base_model=self.base_model,
             repo_id=repo_id,
             file_bytes=(folder / ROWS_FILE).stat().st_size,
+            entries=self.entries,
         )
         write_card(folder, card)
 

@@ -22,7 +22,7 @@ from ..modules.sharding import is_dtensor, shard_with
 from ..modules.splitting import next_row_name, split_module, unsplit_module
 from ..tokens.added import add_to_tokenizer, remove_from_tokenizer
 from ..tokens.entering import enter_pieces, places, take_back
-from ..tokens.merges import Piece
+from ..tokens.pieces import Piece
 
 __all__ = [
     "SCOPE",

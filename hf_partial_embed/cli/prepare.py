@@ -38,6 +38,10 @@ def add_add(command: AddCommand) -> None:
     )  # fmt: skip
     add_out(made)
     made.add_argument("--special", action="store_true", help="add them as special tokens, which decoding can skip")
+    made.add_argument(
+        "--entry", default="auto", choices=("auto", "added", "vocabulary"),
+        help="how they enter the tokenizer: cut out of texts (added), or as pieces of its vocabulary (default: auto)",
+    )  # fmt: skip
     made.add_argument("--init", default="subtoken_mean", metavar="NAME", help="initialiser (default: %(default)s)")
     made.add_argument("--seed", type=int, default=0, metavar="N", help="for initialisers that draw (default: 0)")
 
@@ -61,23 +65,33 @@ def _add(options: argparse.Namespace) -> int:
     tokens = read_tokens(Path(options.tokens))
     check_out(options)
     from ..api import add_tokens
+    from ..files.hub import entries_in_words
     from ..files.pretrained import load_model, load_tokenizer
 
     model, tokenizer = load_model(options.model), load_tokenizer(options.model)
-    partial = add_tokens(model, tokenizer, tokens, init=options.init, special=options.special, seed=options.seed)
+    partial = add_tokens(
+        model, tokenizer, tokens, init=options.init, special=options.special, entry=options.entry, seed=options.seed
+    )
+    entries = partial.entries
     partial.merge()
     with fresh_folder(options) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     if options.json:
-        return print_json(out=options.out, tokens=dict(zip(partial.tokens, partial.token_ids, strict=True)))
+        tokens_by_entry = dict(zip(partial.tokens, entries, strict=True))
+        return print_json(
+            out=options.out, tokens=dict(zip(partial.tokens, partial.token_ids, strict=True)), entries=tokens_by_entry
+        )
     say(f"added {count(partial.token_ids, 'token')} with the ids {shorten(partial.token_ids)}; saved {options.out}")
+    if set(entries) - {"added"}:
+        say("in the tokenizer: " + entries_in_words(entries))
     return OK
 
 
 def _merge(options: argparse.Namespace) -> int:
     check_out(options)
     rows = read_rows(options)
+    from ..files.hub import entries_in_words
     from ..files.pretrained import has_tokenizer, load_model, load_tokenizer
     from ..tokens.vocabulary import display_names
 
@@ -94,4 +108,6 @@ def _merge(options: argparse.Namespace) -> int:
         names = display_names(partial.tokens, partial.token_ids)
         return print_json(out=options.out, tokens=dict(zip(names, partial.token_ids, strict=True)))
     say(f"merged {count(partial.token_ids, 'row')} at the ids {shorten(partial.token_ids)}; saved {options.out}")
+    if set(partial.entries) - {"added"}:
+        say("in the tokenizer: " + entries_in_words(partial.entries))
     return OK

@@ -8,9 +8,16 @@ from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .concepts import concepts_of, expand_placeholders, vector_tokens
+    from .spelling import word_forms
 
-__all__ = ["concepts_of", "expand_placeholders", "vector_tokens"]
+__all__ = ["concepts_of", "expand_placeholders", "vector_tokens", "word_forms"]
 
 __getattr__, __dir__ = lazy_names(
-    __name__, {"concepts_of": "concepts", "expand_placeholders": "concepts", "vector_tokens": "concepts"}
+    __name__,
+    {
+        "concepts_of": "concepts",
+        "expand_placeholders": "concepts",
+        "vector_tokens": "concepts",
+        "word_forms": "spelling",
+    },
 )

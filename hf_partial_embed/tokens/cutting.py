@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from ..errors import count, shorten
-from .merges import Piece
+from .pieces import Piece
 from .spelling import Spelling
 from .vocabulary import texts_by_id
 

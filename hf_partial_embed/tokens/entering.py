@@ -11,18 +11,17 @@ from typing import Any
 from tokenizers import AddedToken
 
 from ..errors import PartialEmbeddingError, shorten
-from .added import check_new, token_to_dict
+from .added import check_new
 from .backend import change_state, changed_copy
-from .merges import KINDS, Piece, Planner, planner_of
-from .spelling import CONTEXTS, Spelling
+from .pieces import Piece, Planner
+from .planners import KINDS, planner_of
+from .spelling import CONTEXTS
 from .vocabulary import encode_all
 
 __all__ = [
     "ENTRIES",
     "Entering",
     "Preview",
-    "check_same_base",
-    "described_tokens",
     "enter_pieces",
     "piece_id",
     "pieces_of",
@@ -30,7 +29,6 @@ __all__ = [
     "places",
     "plan_again",
     "plan_tokens",
-    "stored_pieces",
     "take_back",
 ]
 
@@ -205,69 +203,6 @@ def pieces_of(tokenizer: Any, entering: Entering) -> list[list[int]]:
     """For each token the ids of what its text is read as now."""
     read = encode_all(tokenizer, [token.content for token in entering.tokens], unknown=True)
     return [ids if piece is None else list(piece.made_of) for ids, piece in zip(read, entering.pieces, strict=True)]
-
-
-def described_tokens(tokens: Sequence[AddedToken], pieces: Sequence[Piece | None], kind: str) -> list[dict[str, Any]]:
-    """Tokens as they are stored in a row file: text, flags and, for pieces of a vocabulary, what they are made of."""
-    return [
-        token_to_dict(token)
-        if piece is None
-        else {
-            **token_to_dict(token),
-            "vocabulary": {
-                "model": kind,
-                "piece": piece.spelling,
-                "parts": list(piece.parts),
-                "merged": piece.merged,
-                "asked": piece.asked,
-                "rank": piece.rank,
-            },
-        }
-        for token, piece in zip(tokens, pieces, strict=True)
-    ]
-
-
-def stored_pieces(tokens: Sequence[dict[str, Any]]) -> list[Piece | None]:
-    """The inverse, as far as a file can know: which ids a piece was made of depends on the tokenizer."""
-    return [
-        Piece(
-            token["content"], own["piece"], own["asked"], tuple(own["parts"]), merged=own["merged"], rank=own["rank"]
-        )
-        if (own := token.get("vocabulary"))
-        else None
-        for token in tokens
-    ]
-
-
-def check_same_base(tokenizer: Any, tokens: Sequence[dict[str, Any]]) -> None:
-    """Check that pieces of a row file fit a tokenizer's vocabulary.
-
-    Raises:
-        `PartialEmbeddingError`: its model is of another kind, or spells texts in another way.
-    """
-    stored = [token["vocabulary"] for token in tokens if "vocabulary" in token]
-    if not stored:
-        return
-    name = type(tokenizer).__name__
-    kind = planner_of(tokenizer).kind
-    other = next((own["model"] for own in stored if own["model"] != kind), None)
-    if other is not None:
-        raise PartialEmbeddingError(
-            f"These tokens are pieces of a {other} vocabulary, and the model of this {name} is {kind}, which has "
-            "other pieces. Load the tokenizer that belongs to the rows' base model."
-        )
-    spelling = Spelling(tokenizer._tokenizer)
-    strange = [
-        token["content"]
-        for token in tokens
-        if (own := token.get("vocabulary")) and (spelling.text_of(own["piece"]) or own["piece"]) != token["content"]
-    ]
-    if strange:
-        raise PartialEmbeddingError(
-            f"These tokens are pieces of a vocabulary that is spelled in another way than this {name}'s, which would "
-            f"not find {shorten(strange)} under the spelling that they have. Load the tokenizer that belongs to the "
-            "rows' base model."
-        )
 
 
 def plan_again(tokenizer: Any, pieces: Sequence[Piece]) -> list[Piece]:
