@@ -80,8 +80,8 @@ def stored_ids(tokenizer: Any, tokens: Sequence[dict[str, Any]]) -> list[int]:
     if len(found) != len(ids):
         missing = [token["content"] for token, token_id in zip(tokens, ids, strict=True) if token_id is None]
         raise PartialEmbeddingError(
-            f"{count(missing, 'token')} not in the vocabulary: {shorten(missing)}. Use the tokenizer that the rows are "
-            "on, or load them with load_tokens."
+            f"{count(missing, 'token')} not in the vocabulary: {shorten(missing)}. Use the tokenizer that the rows "
+            "are on, or load them with load_tokens."
         )
     return found
 

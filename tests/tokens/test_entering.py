@@ -15,7 +15,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, tra
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_partial_embed import PartialEmbeddingError, TokenRows, add_tokens, load_tokens, word_forms
+from hf_partial_embed.attachment import steps
+from hf_partial_embed.files.rows_file import read_rows
+from hf_partial_embed.formats import read_peft, write_peft, write_textual_inversion
+from hf_partial_embed.initializers import Distill
+from hf_partial_embed.initializers.snippets import snippets_of
 from hf_partial_embed.tokens.entering import plan_tokens
+from hf_partial_embed.training.diagnostics import split_elsewhere
 
 
 def whole_first_tokenizer() -> PreTrainedTokenizerFast:
@@ -293,3 +299,87 @@ class TestTelling:
     def test_word_forms(self, kind):
         expected = ["zq"] if kind == "wordpiece" else [" zq", "zq"]
         assert word_forms(TOKENIZERS[kind](), ["zq", " zq"]) == expected
+
+
+class TestFormats:
+    def test_peft_adapter_goes_by_the_ids_of_the_pieces(self, tmp_path):
+        tokenizer = bpe_tokenizer()
+        model = build_model("llama", 300)
+        rows = add_tokens(model, tokenizer, [" lan", "<x>"]).token_rows()
+        write_peft(rows, tmp_path, model, tokenizer)
+        again = read_peft(tmp_path)
+        assert again.token_ids == rows.token_ids
+        assert torch.equal(again.input_rows, rows.input_rows)
+        other = bpe_tokenizer()
+        with pytest.raises(PartialEmbeddingError, match="written as its pieces are"):
+            again.attach(build_model("llama", 300), other)  # the adapter does not say what they are made of
+        assert len(other) == 300
+
+    def test_textual_inversion_has_no_place_for_pieces(self, tmp_path):
+        rows = add_tokens(build_model("bert", 300), bpe_tokenizer(), [" lan"]).token_rows()
+        bare = TokenRows(rows.tokens, rows.input_rows, added_tokens=rows.added_tokens)
+        with pytest.raises(PartialEmbeddingError, match="in the vocabulary of the tokenizer's model"):
+            write_textual_inversion(bare, tmp_path)
+
+    def test_version_is_1_where_nothing_is_new(self, tmp_path):
+        for entry, version in (("added", 1), ("vocabulary", 2)):
+            partial = add_tokens(build_model("llama", 300), bpe_tokenizer(), [" lan"], entry=entry)
+            partial.save_pretrained(tmp_path / entry)
+            assert read_rows(tmp_path / entry / "token_rows.safetensors")[1]["format_version"] == version
+
+
+class TestInitialisers:
+    def test_teacher_reads_the_exact_pieces(self):
+        tokenizer, base = bpe_tokenizer(), bpe_tokenizer()
+        texts = ["The lanthan is a metal.", "A lanthan, and lanthanum too."] * 3
+        seen = []
+
+        def look(request):
+            seen.extend(snippets_of(request, texts, context=6, limit=4) if request.role == "input" else [])
+            return torch.zeros(len(request.tokens), *request.table.shape[1:])
+
+        partial = add_tokens(build_model("llama", 300), tokenizer, [" lanthan"], init=look)
+        assert len(seen) == 4
+        for snippet in seen:
+            found = snippet.original[snippet.start : snippet.end + 1]
+            assert list(found) == partial.expand(partial.token_ids[:1])
+            assert base.decode(snippet.original) in " ".join(texts)
+
+    def test_distill_writes_its_own_texts(self):
+        tokens = [" lanthan", "dysprosic", "<x>"]
+        partial = add_tokens(
+            build_model("llama", 300), bpe_tokenizer(), tokens, init=Distill(steps=1, per_token=2, context=6)
+        )
+        assert partial.tokens[:3] == tokens
+
+
+def test_data_that_was_tokenised_before_is_noticed():
+    tokenizer, base = bpe_tokenizer(), bpe_tokenizer()
+    partial = add_tokens(build_model("llama", 300), tokenizer, [" lanthan", "<x>"])
+    texts = ["a lanthan <x>", "lanthan"]
+    arguments = (tokenizer, partial.tokens, partial.token_ids)
+    before = split_elsewhere(*arguments, read(base, texts), partial.vocabulary_pieces())
+    assert before == {" lanthan": 1, "<x>": 1}
+    assert split_elsewhere(*arguments, read(tokenizer, texts), partial.vocabulary_pieces()) == {}
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_error_at_any_step_leaves_everything(kind, monkeypatch):
+    tokenizer = ALL[kind]()
+    model = build_model("llama", len(tokenizer))
+    add_tokens(model, tokenizer, ["dysprosic"])
+    before, weights = tokenizer._tokenizer.to_str(), copy.deepcopy(model.state_dict())
+    for step in ("EnterPieces", "AddTokens", "WriteRows", "Split", "HideRows"):
+        do = getattr(steps, step).do
+
+        def fail(self, do=do):
+            do(self)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(getattr(steps, step), "do", fail)
+        with pytest.raises(KeyboardInterrupt):
+            add_tokens(model, tokenizer, ["dysprosics", AddedToken("<x>")])
+        assert tokenizer._tokenizer.to_str() == before, step
+        monkeypatch.undo()
+        assert tokenizer._tokenizer.to_str() == before, step
+        assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
