@@ -86,7 +86,7 @@ def test_added_tokens_are_in_an_ordinary_checkpoint(capsys, base, tmp_path):
 def test_words_enter_the_vocabulary(capsys, base, tmp_path):
     (tmp_path / "tokens.json").write_text('["<think>", " lanthan"]', "utf-8")
     out = tmp_path / "prepared"
-    status, value = run_json(capsys, "add", base, tmp_path / "tokens.json", out)
+    status, value = run_json(capsys, "add", base, tmp_path / "tokens.json", out, "--quiet")
     assert status == 0
     assert value["entries"] | {"<think>": "added", " lanthan": "vocabulary"} == value["entries"]
     assert set(value["entries"].values()) == {"added", "vocabulary", "part"}
