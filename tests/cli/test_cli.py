@@ -35,7 +35,7 @@ def base(request, tmp_path):
 def rows(base, tmp_path):
     """A row file of it, in a folder, and the model with the rows on it."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
-    partial = add_tokens(model, tokenizer, TOKENS)
+    partial = add_tokens(model, tokenizer, TOKENS, entry="added")
     with torch.no_grad():
         for parameter in partial.parameters():
             parameter.normal_()
