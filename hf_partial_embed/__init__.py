@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .modules.loss import linear_cross_entropy
     from .modules.mask import mask_gradients
     from .tokens.choosing import choose_tokens
+    from .tokens.spelling import word_forms
     from .training.callback import PartialEmbeddingCallback
     from .training.chunked_loss import ChunkedLoss
     from .training.frozen_prefix import FrozenPrefix
@@ -41,6 +42,7 @@ __all__ = [
     "mask_gradients",
     "train_tokens",
     "verify_checkpoint",
+    "word_forms",
 ]
 
 # The modules for plain PyTorch must not import transformers, nor a plain import anything of torch.
@@ -59,6 +61,7 @@ __getattr__, __dir__ = lazy_names(
         "FrozenPrefix": "training.frozen_prefix",
         "linear_cross_entropy": "modules.loss",
         "verify_checkpoint": "files.checkpoints",
+        "word_forms": "tokens.spelling",
         "mask_gradients": "modules.mask",
         "SplitEmbedding": "modules.embedding",
         "SplitLinear": "modules.linear",

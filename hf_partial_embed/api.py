@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from .attachment.partial import PartialEmbedding, TokenRows, attach_rows
 from .attachment.traps import warn_of_traps
 from .errors import PartialEmbeddingError, shorten
 from .initializers import Initializer, resolve
-from .initializers.initial_values import initial_values
+from .initializers.initial_values import new_rows
 from .layout.tables import VocabularyLayout, find_layout
 from .modules.splitting import check_ids
 from .tokens.added import check_new, existing_tokens, normalize_tokens, tokens_as_known, without_tokens_from
-from .tokens.vocabulary import encode_all, find_ids, known_id, plain_tokenizer
+from .tokens.cutting import warn_of_cuts, warn_of_missing_spaces
+from .tokens.entering import pieces_of, plan_tokens
+from .tokens.vocabulary import find_ids, known_id, plain_tokenizer
 
 __all__ = ["add_tokens", "load_tokens", "train_tokens"]
 
@@ -35,6 +38,7 @@ def add_tokens(
     strategy: str = "split",
     output: str | bool = "auto",
     special: bool = False,
+    entry: str = "auto",
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> PartialEmbedding:
@@ -60,6 +64,11 @@ def add_tokens(
         output: `"auto"` trains the head's new rows too where there is a head over the vocabulary;
             `False` leaves them at their initial values.
         special: whether the tokens are special ones, which `decode(skip_special_tokens=True)` drops.
+        entry: how they enter the tokenizer. `"added"`: as added tokens, which are cut out of a text before the
+            tokenizer's model reads it; right for markers. `"vocabulary"`: as pieces of its vocabulary, behind all old
+            merges, so that no text becomes longer and one without new tokens is read as before; parts that a
+            token needs become tokens with rows, too. `"auto"`: special tokens, `AddedToken` objects and texts that
+            the pre-tokenizer would cut are added; other strings enter the vocabulary where it can take them.
         dtype: of the trainable rows; `None` is float32 under `"split"` and the model's under `"mask"`.
         seed: of initialisers that draw random numbers.
 
@@ -67,24 +76,34 @@ def add_tokens(
         The `PartialEmbedding` that is now on the model.
 
     Raises:
-        `PartialEmbeddingError`: tokens that are known, repeated, empty or never used; a model whose
-            vocabulary cannot grow; arguments that do not fit. Model and tokenizer are unchanged.
+        `PartialEmbeddingError`: tokens that are known, repeated, empty or never used; ones that cannot enter a
+            vocabulary, if that was asked for; a model whose vocabulary cannot grow; arguments that do not
+            fit. Model and tokenizer are unchanged.
     """
     tokenizer = plain_tokenizer(tokenizer, needed=True)
-    starts = tokens if isinstance(tokens, Mapping) else {}
-    added = normalize_tokens(list(tokens) if isinstance(tokens, Mapping) else tokens, special)
+    starts: Mapping[Any, Any] = tokens if isinstance(tokens, Mapping) else {}
+    listed = list(tokens) if isinstance(tokens, Iterable) and not isinstance(tokens, str) else tokens
+    asked = normalize_tokens(listed, special)
     resolve(init)
-    lacking = [token for token in added if known_id(tokenizer, token.content) is None]
-    layout = find_layout(model, len(tokenizer) + len(lacking))
+    # What the tokenizer has and the table has no row for (it was extended first) stays as it is there.
+    there = [known_id(tokenizer, token.content) is not None for token in asked]
+    plain = [isinstance(token, str) and not known for token, known in zip(listed, there, strict=True)]
+    entering = plan_tokens(tokenizer, asked, plain, entry)
+    layout = find_layout(model, len(tokenizer) + len(entering.tokens) - sum(there))
     before = without_tokens_from(tokenizer, min(table.size for table in layout.tables))
-    check_new(before, added)
-    added = tokens_as_known(tokenizer, added)
+    added = [token for token, piece in zip(asked, entering.pieces, strict=False) if piece is None]
+    if added:
+        check_new(before, added)
+    entering = replace(entering, tokens=tokens_as_known(tokenizer, entering.tokens))
     check_options(layout, strategy, output, dtype)
-    rows = initial_values(model, before, layout, added, list(starts.values()) or None, init, seed)
-    pieces = encode_all(before, [token.content for token in added], unknown=True)
+    pieces = pieces_of(before, entering)
+    rows = new_rows(model, before, layout, entering, pieces, list(starts.values()) or None, init, seed)
     partial = attach_rows(
-        model, tokenizer, layout, tokens=added, rows=rows, strategy=strategy, output=output, dtype=dtype, pieces=pieces
-    )
+        model, tokenizer, layout, tokens=entering.tokens, entries=entering.pieces, rows=rows, strategy=strategy,
+        output=output, dtype=dtype, pieces=pieces,
+    )  # fmt: skip
+    warn_of_cuts(tokenizer, added)
+    warn_of_missing_spaces(tokenizer, entering.pieces)
     warn_of_traps(partial)
     return partial
 

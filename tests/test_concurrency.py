@@ -13,11 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from added import add_tokens
 from conftest import bpe_tokenizer, build_model, logits_of, run_model
 from processes import rows
 from torch.utils.data import DataLoader, Dataset
 
-from hf_partial_embed import TokenRows, add_tokens
+from hf_partial_embed import TokenRows
 from hf_partial_embed.attachment.steps import SCOPE
 
 TOKENS = ["<think>", "</think>", "praseodymium"]

@@ -6,11 +6,12 @@ import itertools
 
 import pytest
 import torch
+from added import add_tokens
 from conftest import TOKENIZERS, bpe_tokenizer, build_model, logits_of, run_model, table_of, unigram_tokenizer
 from states import ALL_TOKENIZERS, assert_same, bits, model_state, tokenizer_state
 from tokenizers import AddedToken
 
-from hf_partial_embed import PartialEmbeddingError, TokenRows, add_tokens, load_tokens, train_tokens
+from hf_partial_embed import PartialEmbeddingError, TokenRows, load_tokens, train_tokens
 
 A = ["<think>", "</think>"]
 B = ["zqx", "praseodymium", "<b>"]

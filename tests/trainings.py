@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
+from added import add_tokens
 from conftest import bpe_tokenizer, build_model
 from transformers import Trainer, TrainingArguments
-
-from hf_partial_embed import add_tokens
 
 TOKENS = ["<think>", "</think>", "praseodymium"]
 

@@ -3,6 +3,8 @@
 An `Attachment` changes things in small steps, each of which knows how to take itself back; whatever
 goes wrong on the way, the steps taken so far are undone in reverse. Steps hold data, no closures, so
 that an attachment can be deep-copied together with its model.
+
+One file, since putting on and taking off are two directions of one way, and share its state.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from ..errors import FrozenRowsChangedError, PartialEmbeddingError, shorten
+from ..initializers.initial_values import initial_values
 from ..layout.resizing import REGISTRY
 from ..layout.storage import PlainTables
 from ..layout.tables import Table, VocabularyLayout, find_layout
@@ -23,11 +26,15 @@ from ..modules.digest import casts_of, changed_rows
 from ..modules.mask import MaskHandle
 from ..modules.rows import ForwardScope, PartialModule
 from ..modules.sharding import is_sharded, set_whole, trained_rows
+from ..tokens.entering import piece_id, plan_again
+from ..tokens.pieces import Piece
+from ..tokens.stored import described_tokens
 from ..tokens.vocabulary import known_id
 from .growth import Growth, mean_rows
 from .steps import (
     SCOPE,
     AddTokens,
+    EnterPieces,
     Freeze,
     HideRows,
     Mask,
@@ -38,7 +45,7 @@ from .steps import (
     WriteRows,
 )
 
-__all__ = ["Attachment", "attachments_of"]
+__all__ = ["Attachment", "attachments_of", "ids_in_use"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +54,11 @@ def attachments_of(model: nn.Module) -> list[Attachment]:
     """The row sets that are attached to a model, the oldest first."""
     found: list[Attachment] = getattr(model, REGISTRY, None) or []
     return found
+
+
+def ids_in_use(model: nn.Module) -> set[int]:
+    """Ids of the rows that are in a set on a model."""
+    return {token_id for attachment in attachments_of(model) for token_id in attachment.ids}
 
 
 class Attachment:
@@ -63,6 +75,7 @@ class Attachment:
         dtype: dtype of the trainable rows under `"split"`.
         pieces: for each token the ids of what its text was read as before it was added; `None` where the tokens
             were there already.
+        entries: for each token the piece of the vocabulary that it is; `None` for an added token.
         trainable: whether they train at first.
     """
 
@@ -78,6 +91,7 @@ class Attachment:
         output: str | bool,
         dtype: torch.dtype | None,
         pieces: Sequence[Sequence[int]] | None = None,
+        entries: Sequence[Piece | None] | None = None,
         trainable: bool = True,
     ) -> None:
         self.model = model
@@ -88,6 +102,7 @@ class Attachment:
         self.output = output
         self.dtype = dtype
         self.pieces = None if pieces is None else [list(ids) for ids in pieces]
+        self.entries = list(entries or [None] * len(self.tokens))
         self.trainable = trainable
         self.rows: dict[str, Any] = dict(rows)
         self.ids: list[int] = []
@@ -104,6 +119,11 @@ class Attachment:
     def attached(self) -> bool:
         """Whether the rows are on the model now."""
         return self in attachments_of(self.model)
+
+    def described_tokens(self) -> list[dict[str, Any]]:
+        """Its tokens as a row file has them."""
+        kind = type(self.tokenizer._tokenizer.model).__name__ if any(self.entries) else ""
+        return described_tokens(self.tokens, self.entries, kind)
 
     @property
     def offloaded(self) -> bool:
@@ -175,14 +195,67 @@ class Attachment:
     def _give_ids(self) -> list[int]:
         if self.fixed_ids is not None:
             return self.fixed_ids
-        texts = [token.content for token in self.tokens]
-        ids = {text: known_id(self.tokenizer, text) for text in texts}
+        ids = {
+            token.content: known_id(self.tokenizer, token.content)
+            if piece is None
+            else piece_id(self.tokenizer, piece)
+            for token, piece in zip(self.tokens, self.entries, strict=True)
+        }
         new = [token for token in self.tokens if ids[token.content] is None]
+        kept = dict[str, int]()
+        if any(piece is not None and ids[piece.text] is None for piece in self.entries):
+            entered = self._enter_pieces({token.content for token in new})
+            ids.update({piece.text: entered.ids[piece.spelling] for piece in entered.pieces})
+            kept = entered.pins
+        texts = [token.content for token in self.tokens]
+        new = [token for token in new if ids[token.content] is None]
         if new:
-            step = AddTokens(self.tokenizer, new)
+            step = AddTokens(self.tokenizer, new, kept)
             self._do(step)
             ids.update(zip((token.content for token in new), step.ids, strict=True))
         return [token_id for text in texts if (token_id := ids[text]) is not None]
+
+    def _enter_pieces(self, new: set[str]) -> EnterPieces:
+        """Plan those pieces that are new over what is in the vocabulary now, and put them in.
+
+        Where another set has gone whose pieces were parts of these, they need parts of their own, which get rows.
+        """
+        missing = [piece for piece in self.entries if piece is not None and piece.text in new]
+        planned = {piece.text: piece for piece in plan_again(self.tokenizer, missing)}
+        texts = {token.content for token in self.tokens}
+        parts = [piece for piece in planned.values() if piece.text not in texts]
+        self.entries = [piece and planned.get(piece.text, piece) for piece in self.entries]
+        if self.pieces is not None:
+            self.pieces = [
+                list(planned[token.content].made_of) if token.content in planned else ids
+                for token, ids in zip(self.tokens, self.pieces, strict=True)
+            ]
+        if parts:
+            self._take_in(parts)
+        came = [
+            (token, piece)
+            for token, piece in zip(self.tokens, self.entries, strict=True)
+            if token.content in new or token.content in planned
+        ]
+        step = EnterPieces(self.tokenizer, [token for token, _ in came], [piece for _, piece in came])
+        self._do(step)
+        return step
+
+    def _take_in(self, parts: list[Piece]) -> None:
+        """Give further parts rows, which start from what they are made of."""
+        tokens = [AddedToken(part.text, normalized=True) for part in parts]
+        made_of = [list(part.made_of) for part in parts]
+        layout = find_layout(self.model)
+        values = initial_values(self.model, self.tokenizer, layout, tokens, None, "subtoken_mean", 0, pieces=made_of)
+        for name, rows in self.rows.items():
+            if name in values:
+                added = values[name].to(device=rows.device, dtype=rows.dtype)
+                longer = torch.cat([rows.detach(), added])
+                self.rows[name] = nn.Parameter(longer) if isinstance(rows, nn.Parameter) else longer
+        self.tokens += tokens
+        self.entries += parts
+        if self.pieces is not None:
+            self.pieces += made_of
 
     def _trains(self, table: Table) -> bool:
         return table.has_rows and (self.output is not False or table.role in ("input", "extra"))
@@ -329,7 +402,7 @@ class Attachment:
         for attachment in sets:
             attachment._keep_rows()
         gradients = {id(p): (p, p.grad) for other in sets for p in map(other.parameter, other.trained)}
-        digests = [attachment._digests for attachment in sets]
+        before = [attachment._own_state() for attachment in sets]
         try:
             for other in reversed(sets[1:]):
                 other._undo()
@@ -339,12 +412,24 @@ class Attachment:
         except BaseException:
             for attachment in reversed(sets):
                 attachment._undo()
-            for attachment, before in zip(sets, digests, strict=True):
+            for attachment, (state, digests) in zip(sets, before, strict=True):
+                attachment.__dict__.update(state)
                 attachment.apply()
-                attachment._digests = before
+                attachment._digests = digests
             for parameter, gradient in gradients.values():
                 parameter.grad = gradient
             raise
+
+    def _own_state(self) -> tuple[dict[str, Any], dict[str, dict[torch.dtype, Tensor]]]:
+        """Which tokens and rows it has, which planning it anew can change; and its digests."""
+        pieces = None if self.pieces is None else list(self.pieces)
+        state: dict[str, Any] = {
+            "tokens": list(self.tokens),
+            "entries": list(self.entries),
+            "pieces": pieces,
+            "rows": dict(self.rows),
+        }
+        return state, self._digests
 
     def _keep_rows(self) -> None:
         """Hold the rows' present values (and, under `"split"`, the parameters themselves)."""

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
+import torch
 from torch import Tensor
 
 from ..errors import PartialEmbeddingError
 from ..initializers.initial_values import initial_values
 from ..layout.tables import Table, VocabularyLayout, model_name, row_keys
+from .arriving import Arriving
 
 __all__ = ["fit_rows"]
 
@@ -28,7 +29,7 @@ def fit_rows(
     model: Any,
     tokenizer: Any,
     layout: VocabularyLayout,
-    tokens: list[AddedToken],
+    arriving: Arriving,
     *,
     base_model: str | None,
     tied: bool,
@@ -38,7 +39,8 @@ def fit_rows(
     Args:
         values: the rows by the name that they have in a row file.
         model, tokenizer, layout: where they are to be.
-        tokens: theirs; none where rows were chosen by id.
+        arriving: their tokens as they are to be here; none where rows were chosen by id. Parts that they did not need
+            where the rows come from start at the mean of what they are made of.
         base_model, tied: what the row file says of the model that they were trained on.
 
     Raises:
@@ -73,18 +75,27 @@ def fit_rows(
                 f"{_TABLE_NAMES[table.role]} are {'×'.join(map(str, width))} wide. The rows were trained on "
                 f"{there!r}; load that base model."
             )
+        if len(arriving.tokens) > len(arriving.kept):
+            parts = slice(len(arriving.kept), None)
+            fresh = initial_values(
+                model, tokenizer, VocabularyLayout([table]), arriving.tokens[parts], None, "subtoken_mean", 0,
+                pieces=arriving.pieces[parts],
+            )  # fmt: skip
+            given = torch.cat([given, fresh[table.name].to(given)])
         rows[table.name] = given
     unused = sorted(values.keys() - row_keys(layout).keys())
     if unused:
         logger.warning("%s has no tables for these rows, which are left out: %s.", here, unused)
     lookups = [table for table in layout.tables if table.role == "lookup"]
-    if missing and tokens:
+    if missing and arriving.tokens:
         logger.warning(
             "The rows have no values for %s of %s; they start at the mean of their pieces.",
             [table.name for table in missing],
             here,
         )
-    if (missing or lookups) and tokens:
+    if (missing or lookups) and arriving.tokens:
         some = VocabularyLayout([*missing, *lookups])
-        rows.update(initial_values(model, tokenizer, some, tokens, None, "subtoken_mean", 0))
+        rows.update(
+            initial_values(model, tokenizer, some, arriving.tokens, None, "subtoken_mean", 0, pieces=arriving.pieces)
+        )
     return rows

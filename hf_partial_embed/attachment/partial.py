@@ -23,10 +23,13 @@ from ..files.rows_file import ROWS_FILE, read_rows, write_rows
 from ..layout.tables import Table, VocabularyLayout, find_layout, model_name, row_keys
 from ..lazy import lazy_function
 from ..modules.splitting import check_ids
-from ..tokens.added import check_new, normalize_tokens, token_from_dict, token_to_dict, without_tokens_from
-from ..tokens.vocabulary import display_names, encode_all, known_id, plain_tokenizer
+from ..tokens.added import normalize_tokens, token_to_dict, without_tokens_from
+from ..tokens.pieces import Piece
+from ..tokens.stored import entry_of
+from ..tokens.vocabulary import display_names, plain_tokenizer
 from .additions import change_without_additions
-from .attachment import Attachment
+from .arriving import arriving_tokens
+from .attachment import Attachment, ids_in_use
 from .fitting import fit_rows
 from .options import ROW_DTYPES, check_options
 
@@ -66,6 +69,11 @@ class PartialEmbedding:
         """Ids, in the order of `tokens`."""
         return list(self._attachment.ids)
 
+    @property
+    def entries(self) -> list[str]:
+        """How each token entered the tokenizer: `"added"`, `"vocabulary"`, or `"part"` of one that did."""
+        return [entry_of(token) for token in self._attachment.described_tokens()]
+
     def expand(self, ids: Sequence[int]) -> list[int]:
         """Replace each new id by the ids of what its text was read as before the token was added.
 
@@ -81,6 +89,10 @@ class PartialEmbedding:
             return list(ids)
         made_of = dict(zip(self._attachment.ids, pieces, strict=True))
         return [piece for token_id in ids for piece in made_of.get(token_id, (token_id,))]
+
+    def vocabulary_pieces(self) -> list[tuple[int, ...]]:
+        """For each token in the vocabulary the ids that it is made of; none for added tokens."""
+        return [() if piece is None else piece.made_of for piece in self._attachment.entries]
 
     def evaluate(
         self,
@@ -188,7 +200,7 @@ class PartialEmbedding:
         keys = row_keys(attachment.layout)
         return TokenRows.from_tensors(
             {key: attachment.current_rows(table) for key, table in keys.items()},
-            added_tokens=[token_to_dict(token) for token in attachment.tokens],
+            added_tokens=attachment.described_tokens(),
             token_ids=self.token_ids,
             base_model=model_name(self.model),
             tied=attachment.layout.tied,
@@ -267,6 +279,7 @@ class PartialEmbedding:
                 display_names(self.tokens, self.token_ids),
                 base_model=model_name(self.model),
                 repo_id=repo_id,
+                entries=self.entries,
                 model_class=(self.model.config.architectures or [type(self.model).__name__])[0],
             )
             write_card(folder, card)
@@ -401,6 +414,11 @@ class TokenRows:
             tensors["output_bias"] = self.output_bias
         return {**tensors, **{f"extra.{name}": rows for name, rows in self.extra_rows.items()}}
 
+    @property
+    def entries(self) -> list[str]:
+        """How each token entered the tokenizer: `"added"`, `"vocabulary"`, or `"part"` of one that did."""
+        return [entry_of(token) for token in self.added_tokens]
+
     def __len__(self) -> int:
         return len(self.token_ids)
 
@@ -444,6 +462,7 @@ class TokenRows:
             base_model=self.base_model,
             repo_id=repo_id,
             file_bytes=(folder / ROWS_FILE).stat().st_size,
+            entries=self.entries,
         )
         write_card(folder, card)
 
@@ -518,33 +537,24 @@ class TokenRows:
                 do not fit. Nothing has changed.
         """
         tokenizer = plain_tokenizer(tokenizer, needed=bool(self.tokens))
-        added = [token_from_dict(token) for token in self.added_tokens]
-        if added:
-            added = normalize_tokens(added, special=False)
-        given = [known_id(tokenizer, token.content) for token in added]
-        lacking = given.count(None)
-        size = max([len(tokenizer) + lacking if lacking else 0, *(i + 1 for i in given if i is not None)], default=0)
-        layout = find_layout(model, size)
+        arriving = arriving_tokens(tokenizer, self.added_tokens, ids_in_use(model))
+        layout = find_layout(model, arriving.reach or None)
         check_options(layout, strategy, output, dtype)
         # Tokens that the tokenizer has and the table has no rows for are new: they are read as before they were added.
-        before = without_tokens_from(tokenizer, min(table.size for table in layout.tables)) if added else tokenizer
-        known = {token.content: known_id(before, token.content) for token in added}
-        new = [token for token in added if known[token.content] is None]
-        if new:
-            check_new(before, new)
-        rows = fit_rows(self.tensors(), model, before, layout, added, base_model=self.base_model, tied=self.tied)
-        ids = None
-        pieces: list[list[int]] | None = None
-        if self.tokens:
-            read = encode_all(before, self.tokens, unknown=True)
-            pieces = [
-                ids if (old := known[token]) is None else [old] for token, ids in zip(self.tokens, read, strict=True)
-            ]
-        else:
-            ids = check_ids(self.token_ids, min(table.size for table in layout.tables))
+        before = without_tokens_from(tokenizer, min(table.size for table in layout.tables)) if self.tokens else None
+        if before is not tokenizer and before is not None:
+            arriving = arriving_tokens(before, self.added_tokens, ids_in_use(model))
+        values = (
+            {name: rows[arriving.kept] for name, rows in self.tensors().items()} if self.tokens else self.tensors()
+        )
+        rows = fit_rows(
+            values, model, before or tokenizer, layout, arriving, base_model=self.base_model, tied=self.tied
+        )
+        ids = None if self.tokens else check_ids(self.token_ids, min(table.size for table in layout.tables))
         return attach_rows(
-            model, tokenizer, layout, tokens=added, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype,
-            pieces=pieces, trainable=trainable,
+            model, tokenizer, layout, tokens=arriving.tokens, entries=arriving.entries, ids=ids, rows=rows,
+            strategy=strategy, output=output, dtype=dtype, pieces=arriving.pieces if self.tokens else None,
+            trainable=trainable,
         )  # fmt: skip
 
 
@@ -560,12 +570,13 @@ def attach_rows(
     dtype: torch.dtype | None,
     ids: Sequence[int] | None = None,
     pieces: Sequence[Sequence[int]] | None = None,
+    entries: Sequence[Piece | None] | None = None,
     trainable: bool = True,
 ) -> PartialEmbedding:
     """Put a set of rows on a model; see `Attachment`."""
     attachment = Attachment(
         model, tokenizer, tokens=tokens, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype,
-        pieces=pieces, trainable=trainable,
+        pieces=pieces, entries=entries, trainable=trainable,
     )  # fmt: skip
     partial = PartialEmbedding(attachment)
     attachment.apply(layout)

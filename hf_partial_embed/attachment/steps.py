@@ -21,10 +21,13 @@ from ..modules.rows import ForwardScope, PartialModule
 from ..modules.sharding import is_dtensor, shard_with
 from ..modules.splitting import next_row_name, split_module, unsplit_module
 from ..tokens.added import add_to_tokenizer, remove_from_tokenizer
+from ..tokens.entering import enter_pieces, places, take_back
+from ..tokens.pieces import Piece
 
 __all__ = [
     "SCOPE",
     "AddTokens",
+    "EnterPieces",
     "Freeze",
     "HideRows",
     "Mask",
@@ -52,17 +55,49 @@ class Step(Protocol):
 class AddTokens:
     lasts = True
 
-    def __init__(self, tokenizer: Any, tokens: list[AddedToken]) -> None:
-        self.tokenizer, self.tokens, self.ids = tokenizer, tokens, list[int]()
+    def __init__(self, tokenizer: Any, tokens: list[AddedToken], places: dict[str, int] | None = None) -> None:
+        self.tokenizer, self.tokens, self.places, self.ids = tokenizer, tokens, places, list[int]()
         self.begun = False
 
     def do(self) -> None:
         self.begun = True
-        self.ids = add_to_tokenizer(self.tokenizer, self.tokens)
+        self.ids = add_to_tokenizer(self.tokenizer, self.tokens, self.places)
 
     def undo(self) -> None:
         if self.begun:
             remove_from_tokenizer(self.tokenizer, [token.content for token in self.tokens])
+            self.begun = False
+
+
+class EnterPieces:
+    """Put pieces into a tokenizer's vocabulary.
+
+    Args:
+        tokenizer: a fast one.
+        tokens: the new tokens of the set, in the order of their ids.
+        entries: for each the piece that it is, planned over what is there now; `None` for an added token, for which
+            a place is kept where pieces come behind it.
+    """
+
+    lasts = True
+
+    def __init__(self, tokenizer: Any, tokens: list[AddedToken], entries: list[Piece | None]) -> None:
+        self.tokenizer, self.tokens, self.entries = tokenizer, tokens, entries
+        self.ids, self.pins = dict[str, int](), dict[str, int]()
+        self.begun = False
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return [piece for piece in self.entries if piece is not None]
+
+    def do(self) -> None:
+        self.ids, self.pins = places(self.tokenizer, self.tokens, self.entries)
+        self.begun = True
+        enter_pieces(self.tokenizer, self.pieces, self.ids, self.pins)
+
+    def undo(self) -> None:
+        if self.begun:
+            take_back(self.tokenizer, self.pieces, self.pins)
             self.begun = False
 
 

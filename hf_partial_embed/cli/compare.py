@@ -47,12 +47,13 @@ def _verify(options: argparse.Namespace) -> int:
     if options.rows:
         from ..attachment.partial import TokenRows
         from ..files.pretrained import load_tokenizer
-        from ..tokens.vocabulary import find_ids, plain_tokenizer
+        from ..tokens.stored import stored_ids
+        from ..tokens.vocabulary import plain_tokenizer
 
         rows = TokenRows.from_pretrained(options.rows)
         if rows.tokens:
             tokenizer = plain_tokenizer(load_tokenizer(options.adapted), needed=True)
-            allowed.update(find_ids(tokenizer, rows.tokens))
+            allowed.update(stored_ids(tokenizer, rows.added_tokens))
         else:
             allowed.update(rows.token_ids)
     report = verify_checkpoint(options.base, options.adapted, progress=not options.quiet)

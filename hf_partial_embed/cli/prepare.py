@@ -40,6 +40,10 @@ def add_add(command: AddCommand) -> None:
     )  # fmt: skip
     add_out(made)
     made.add_argument("--special", action="store_true", help="add them as special tokens, which decoding can skip")
+    made.add_argument(
+        "--entry", default="auto", choices=("auto", "added", "vocabulary"),
+        help="how they enter the tokenizer: cut out of texts (added), or as pieces of its vocabulary (default: auto)",
+    )  # fmt: skip
     made.add_argument("--init", default="subtoken_mean", metavar="NAME", help="initialiser (default: %(default)s)")
     made.add_argument("--seed", type=int, default=0, metavar="N", help="for initialisers that draw (default: 0)")
     made.add_argument("--spare", type=int, default=0, metavar="N", help="rows besides that no token has yet")
@@ -74,12 +78,18 @@ def _add(options: argparse.Namespace) -> int:
     check_out(options)
     from ..api import add_tokens
     from ..attachment.growth import add_spare_rows
+    from ..files.hub import entries_in_words
     from ..files.pretrained import load_model, load_tokenizer
 
     model, tokenizer = load_model(options.model), load_tokenizer(options.model)
     added: dict[str, int] = {}
+    entries: list[str] = []
     if options.tokens:
-        partial = add_tokens(model, tokenizer, tokens, init=options.init, special=options.special, seed=options.seed)
+        partial = add_tokens(
+            model, tokenizer, tokens, init=options.init, special=options.special, entry=options.entry,
+            seed=options.seed,
+        )  # fmt: skip
+        entries = partial.entries
         partial.merge()
         added = dict(zip(partial.tokens, partial.token_ids, strict=True))
     rows = 0
@@ -92,9 +102,14 @@ def _add(options: argparse.Namespace) -> int:
         tokenizer.save_pretrained(folder)
     free = model.get_input_embeddings().num_embeddings - len(tokenizer)
     if options.json:
-        return print_json(out=options.out, tokens=added, spare_rows=free, rows_added=rows + len(added))
+        return print_json(
+            out=options.out, tokens=added, entries=dict(zip(added, entries, strict=True)), spare_rows=free,
+            rows_added=rows + len(added),
+        )  # fmt: skip
     if added:
         say(f"added {count(list(added), 'token')} with the ids {shorten(list(added.values()))}")
+    if set(entries) - {"added"}:
+        say("in the tokenizer: " + entries_in_words(entries))
     if wants_rows:
         say(f"{count(range(free), 'row')} that no token has yet, {rows} of them new")
     say(f"saved {options.out}")
@@ -104,6 +119,7 @@ def _add(options: argparse.Namespace) -> int:
 def _merge(options: argparse.Namespace) -> int:
     check_out(options)
     rows = read_rows(options)
+    from ..files.hub import entries_in_words
     from ..files.pretrained import has_tokenizer, load_model, load_tokenizer
     from ..tokens.vocabulary import display_names
 
@@ -120,4 +136,6 @@ def _merge(options: argparse.Namespace) -> int:
         names = display_names(partial.tokens, partial.token_ids)
         return print_json(out=options.out, tokens=dict(zip(names, partial.token_ids, strict=True)))
     say(f"merged {count(partial.token_ids, 'row')} at the ids {shorten(partial.token_ids)}; saved {options.out}")
+    if set(partial.entries) - {"added"}:
+        say("in the tokenizer: " + entries_in_words(partial.entries))
     return OK

@@ -40,6 +40,7 @@ _SHOWN = 50
 
 
 def _info(options: argparse.Namespace) -> int:
+    from ..files.hub import entries_in_words
     from ..tokens.vocabulary import display_names
 
     rows = read_rows(options)
@@ -60,9 +61,13 @@ def _info(options: argparse.Namespace) -> int:
     )
     for name, entry in tensors.items():
         say(f"{visible(name)}: {' x '.join(map(str, entry['shape']))}, {entry['dtype']}")
+    entries = rows.entries
+    if set(entries) - {"added"}:
+        say("in the tokenizer: " + entries_in_words(entries))
     say("tokens, with the norms of their input rows:")
-    for name, norm in list(zip(names, norms, strict=True))[:_SHOWN]:
-        say(f"  {norm:8.3f}  {name}")
+    marks = {"vocabulary": "  (vocabulary)", "part": "  (part)"}
+    for name, norm, how in list(zip(names, norms, entries or ["added"] * len(names), strict=True))[:_SHOWN]:
+        say(f"  {norm:8.3f}  {name}{marks.get(how, '')}")
     if len(names) > _SHOWN:
         say(f"  ... {len(names) - _SHOWN} more (--json lists all)")
     return OK
@@ -72,11 +77,18 @@ def _neighbours(options: argparse.Namespace) -> int:
     rows = read_rows(options)
     from ..evaluation.neighbours import name_tokens, nearest_rows
     from ..files.pretrained import input_table, load_tokenizer
+    from ..tokens.entering import piece_id
+    from ..tokens.stored import stored_pieces
     from ..tokens.vocabulary import display_names, known_id, plain_tokenizer
 
     tokenizer = plain_tokenizer(load_tokenizer(options.base), needed=True)
     table = input_table(options.base)
-    own = {known_id(tokenizer, token) for token in rows.tokens} if rows.tokens else set(rows.token_ids)
+    own: set[int | None] = set(rows.token_ids)
+    if rows.tokens:
+        own = {
+            known_id(tokenizer, text) if piece is None else piece_id(tokenizer, piece)
+            for text, piece in zip(rows.tokens, stored_pieces(rows.added_tokens), strict=True)
+        }
     vocabulary = set(tokenizer.get_vocab().values())
     exclude = [token_id for token_id in range(len(table)) if token_id in own or token_id not in vocabulary]
     cosines, ids = nearest_rows(rows.input_rows, table, options.count, exclude=exclude)

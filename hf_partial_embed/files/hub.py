@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 from ..errors import PartialEmbeddingError, count
 from .rows_file import ROWS_FILE, write_atomically
 
-__all__ = ["hub_errors", "locate_rows", "merged_card", "rows_card", "upload", "write_card"]
+__all__ = ["entries_in_words", "hub_errors", "locate_rows", "merged_card", "rows_card", "upload", "write_card"]
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,13 @@ def write_card(folder: Path, card: ModelCard) -> None:
 
 
 def rows_card(
-    tokens: Sequence[str], sizes: dict[str, Sequence[int]], *, base_model: str | None, repo_id: str, file_bytes: int
+    tokens: Sequence[str],
+    sizes: dict[str, Sequence[int]],
+    *,
+    base_model: str | None,
+    repo_id: str,
+    file_bytes: int,
+    entries: Sequence[str] = (),
 ) -> ModelCard:
     """The card of a repository of rows."""
     hub_id = _hub_id(base_model)
@@ -180,7 +186,7 @@ one: its `save_pretrained` writes a checkpoint that loads without `{_LIBRARY}`.
 
 ## Tokens
 
-{_token_list(tokens)}
+{_entries(entries)}{_token_list(tokens)}
 
 ## Tensors
 
@@ -191,13 +197,20 @@ one: its `save_pretrained` writes a checkpoint that loads without `{_LIBRARY}`.
     return _card(text, hub_id, "adapter", _LIBRARY)
 
 
-def merged_card(tokens: Sequence[str], *, base_model: str | None, repo_id: str, model_class: str) -> ModelCard:
+def merged_card(
+    tokens: Sequence[str],
+    *,
+    base_model: str | None,
+    repo_id: str,
+    model_class: str,
+    entries: Sequence[str] = (),
+) -> ModelCard:
     """The card of a merged model."""
     hub_id = _hub_id(base_model)
     name = hub_id or Path(base_model or "").name
     title = f"{_escape(name)} with trained token embeddings" if name else "A model with trained token embeddings"
     what = count(tokens, "token") if tokens else "some tokens"
-    listed = f"\n## Tokens\n\n{_token_list(tokens)}\n" if tokens else ""
+    listed = f"\n## Tokens\n\n{_entries(entries)}{_token_list(tokens)}\n" if tokens else ""
     text = f"""# {title}
 
 The embedding rows of {what} were trained with `{_LIBRARY}`, and all other rows of the embeddings stayed
@@ -225,6 +238,25 @@ def _card(text: str, base_model: str | None, relation: str, library: str) -> Mod
     extra: dict[str, Any] = {"base_model": base_model, "base_model_relation": relation} if base_model else {}
     data = ModelCardData(library_name=library, tags=["token-embeddings", "vocabulary-extension"], **extra)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_MARK}\n\n{text}")
+
+
+def entries_in_words(entries: Sequence[str]) -> str:
+    """How many of some tokens entered the tokenizer in which way."""
+    kinds = {
+        "vocabulary": "in the vocabulary of its model",
+        "part": "in the vocabulary as parts of those",
+        "added": "added tokens",
+    }
+    return ", ".join(f"{entries.count(kind)} {words}" for kind, words in kinds.items() if kind in entries)
+
+
+def _entries(entries: Sequence[str]) -> str:
+    if not set(entries) - {"added"}:
+        return ""
+    return (
+        f"In the tokenizer: {entries_in_words(entries)}. Added tokens are cut out of a text before the tokenizer's "
+        "model reads it; those in its vocabulary are what the model makes of a text that it reads.\n\n"
+    )
 
 
 def _token_list(tokens: Sequence[str]) -> str:

@@ -25,7 +25,7 @@ from ..tokens.added import TOKEN_FLAGS
 __all__ = ["FORMAT_VERSION", "ROWS_FILE", "is_rows_file", "read_rows", "write_atomically", "write_rows"]
 
 ROWS_FILE = "token_rows.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _KEY = "hf_partial_embed"
 _MAX_HEADER = 64 << 20
 _DTYPES = {"F16", "BF16", "F32", "F64"}
@@ -43,8 +43,10 @@ def write_rows(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadat
         `PartialEmbeddingError`: writing the data failed, for instance on a full disk.
         `OSError`: the folder cannot be made, or written to.
     """
-    header = {_KEY: json.dumps({"format_version": FORMAT_VERSION, **metadata}, sort_keys=True)}
-    # Copies, since safetensors refuses tensors that share memory, as tied ones may.
+    # Version 2 says how tokens came into a vocabulary; files without such tokens are as they always were.
+    version = 2 if any("vocabulary" in token for token in metadata.get("tokens", ())) else 1
+    header = {_KEY: json.dumps({"format_version": version, **metadata}, sort_keys=True)}
+    # Copies, since safetensors refuses tensors that share memory, as those of a tied pair may.
     copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     try:
         write_atomically(Path(path), lambda temporary: save_file(copies, temporary, metadata=header))
@@ -164,6 +166,20 @@ def _is_token(token: Any) -> bool:
         and _is_text(token.get("content"))
         and bool(token["content"])
         and all(isinstance(token.get(flag), bool) for flag in TOKEN_FLAGS)
+        and ("vocabulary" not in token or _is_piece(token["vocabulary"]))
+    )
+
+
+def _is_piece(piece: Any) -> bool:
+    """What version 2 says of a token that is a piece of a vocabulary."""
+    return (
+        isinstance(piece, dict)
+        and all(_is_text(piece.get(key)) and piece[key] for key in ("model", "piece"))
+        and isinstance(piece.get("parts"), list)
+        and all(_is_text(part) and part for part in piece["parts"])
+        and all(isinstance(piece.get(key), bool) for key in ("merged", "asked"))
+        and type(piece.get("rank")) is int
+        and piece["rank"] >= 0
     )
 
 

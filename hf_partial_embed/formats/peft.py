@@ -23,7 +23,8 @@ from ..files.pretrained import has_tokenizer
 from ..layout.tables import VocabularyLayout, find_layout, model_name
 from ..modules.splitting import check_ids
 from ..tokens.added import existing_tokens, token_to_dict
-from ..tokens.vocabulary import find_ids, plain_tokenizer
+from ..tokens.stored import stored_ids
+from ..tokens.vocabulary import plain_tokenizer
 from .reading import fetch, load_tensors, write_json, write_tensors
 
 __all__ = ["CONFIG", "PREFIX", "WEIGHTS", "is_peft_adapter", "module_names", "read_config", "read_peft", "write_peft"]
@@ -139,7 +140,7 @@ def write_peft(rows: TokenRows, path: str | os.PathLike[str], model: Any, tokeni
     layout = find_layout(base)
     modules = module_names(base, layout)
     _check_representable(rows, base, layout)
-    ids = find_ids(tokenizer, rows.tokens) if rows.tokens else list(rows.token_ids)
+    ids = stored_ids(tokenizer, rows.added_tokens) if rows.tokens else list(rows.token_ids)
     tensors = {f"{PREFIX}{modules['input']}.trainable_tokens_delta": rows.input_rows}
     if "output" in modules:
         head = rows.input_rows if layout.tied or (rows.output_rows is None and rows.tied) else rows.output_rows

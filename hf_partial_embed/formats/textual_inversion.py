@@ -162,6 +162,13 @@ def _vectors(rows: TokenRows, token: str | None) -> tuple[str, Tensor]:
             f"A textual-inversion file has no place for {shorten(beyond)}: it is for text encoders, which have no "
             "head."
         )
+    pieces = [token for token, entry in zip(rows.tokens, rows.entries, strict=True) if entry != "added"]
+    if pieces:
+        raise PartialEmbeddingError(
+            f"{shorten(pieces)} are in the vocabulary of the tokenizer's model. A textual-inversion file has no place "
+            "for what they are made of, and whoever loads it adds them as added tokens, which cut other words. Use "
+            "rows.save_pretrained, or add them with entry='added'."
+        )
     concepts = concepts_of(rows.tokens)
     if token is None and len(concepts) != 1:
         raise PartialEmbeddingError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +12,37 @@ from torch import Tensor
 
 from ..errors import PartialEmbeddingError, shorten
 from ..layout.tables import VocabularyLayout
+from ..tokens.entering import Entering, Preview
 from ..tokens.vocabulary import encode_all
 from .registry import Initializer, InitRequest, initial_rows
 
-__all__ = ["initial_values"]
+__all__ = ["initial_values", "new_rows"]
+
+
+def new_rows(
+    model: Any,
+    tokenizer: Any,
+    layout: VocabularyLayout,
+    entering: Entering,
+    pieces: Sequence[Sequence[int]],
+    starts: list[str | Tensor] | None,
+    init: str | Initializer,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Rows for tokens as they are going to enter: parts, which nobody has described, start at their pieces' mean."""
+    size = len(entering.tokens) - entering.num_parts
+    preview = None
+    if any(piece is not None for piece in entering.pieces):
+        preview = partial(Preview, tokenizer, entering.tokens, entering.pieces)
+    asked = initial_values(
+        model, tokenizer, layout, entering.tokens[:size], starts, init, seed, pieces=pieces[:size], preview=preview
+    )
+    if size == len(entering.tokens):
+        return asked
+    parts = initial_values(
+        model, tokenizer, layout, entering.tokens[size:], None, "subtoken_mean", seed, pieces=pieces[size:]
+    )
+    return {name: torch.cat([rows, parts[name]]) for name, rows in asked.items()}
 
 
 def initial_values(
@@ -24,8 +53,20 @@ def initial_values(
     starts: list[str | Tensor] | None,
     init: str | Initializer,
     seed: int,
+    *,
+    pieces: Sequence[Sequence[int]] | None = None,
+    preview: Callable[[], Preview] | None = None,
 ) -> dict[str, Tensor]:
-    """Initial rows, `[K, ...]`, of each table by its name; model and tokenizer are not changed."""
+    """Initial rows, `[K, ...]`, of each table by its name; model and tokenizer are not changed.
+
+    Args:
+        model, tokenizer, layout: where the tokens are to be.
+        tokens: theirs.
+        starts: what `add_tokens` was given for each of them.
+        init, seed: as in `add_tokens`.
+        pieces: for each token the ids of what its text is read as now, where they are known; else it is read.
+        preview: the tokenizer as it is going to be, where tokens become pieces of its vocabulary.
+    """
     texts = [token.content for token in tokens]
     given: list[Any] = starts or [None] * len(texts)
     for text, start in zip(texts, given, strict=True):
@@ -35,6 +76,11 @@ def initial_values(
             )
     sources = [start if isinstance(start, str) else text for text, start in zip(texts, given, strict=True)]
     all_pieces = encode_all(tokenizer, sources)
+    if pieces is not None:
+        all_pieces = [
+            read if isinstance(start, str) else [token_id for token_id in ids if token_id != tokenizer.unk_token_id]
+            for start, read, ids in zip(given, all_pieces, pieces, strict=True)
+        ]
     rows = {}
     memo: dict[str, Any] = {}
     for table in layout.tables:
@@ -45,9 +91,9 @@ def initial_values(
             continue
         padding = getattr(table.holders[0][0], "padding_idx", None)
         padding = tokenizer.pad_token_id if padding is None else padding
-        pieces = [[piece for piece in ids if piece < len(old) and piece != padding] for ids in all_pieces]
+        own = [[piece for piece in ids if piece < len(old) and piece != padding] for ids in all_pieces]
         empty = [
-            text for text, start, ids in zip(texts, given, pieces, strict=True) if isinstance(start, str) and not ids
+            text for text, start, ids in zip(texts, given, own, strict=True) if isinstance(start, str) and not ids
         ]
         if empty:
             raise PartialEmbeddingError(
@@ -57,7 +103,9 @@ def initial_values(
             table=old,
             role=table.role,
             tokens=texts,
-            pieces=pieces,
+            pieces=own,
+            described=[isinstance(start, str) for start in given],
+            preview=preview,
             padding=padding,
             model=model,
             tokenizer=tokenizer,

@@ -68,10 +68,8 @@ class Description:
 
     def __call__(self, request: InitRequest) -> Tensor:
         if self.texts is None:
-            own = _known(request, encode_all(request.tokenizer, request.tokens))
             lacking = [
-                token for token, pieces, ids in zip(request.tokens, request.pieces, own, strict=True)
-                if list(pieces) == ids
+                token for token, described in zip(request.tokens, request.described, strict=True) if not described
             ]  # fmt: skip
             given: Sequence[Sequence[int]] = request.pieces
         else:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PartialEmbeddingError, count, shorten
+from ..tokens.entering import Preview
 from .table_statistics import norm_range, trained_mask
 
 __all__ = ["INITIALIZERS", "InitRequest", "Initializer", "initial_rows", "register", "resolve"]
@@ -29,6 +30,9 @@ class InitRequest:
         padding: id of the padding, whose row is not trained; `None` where there is none.
         model, tokenizer: as they were passed to `add_tokens`, before anything was added.
         generator: source of random numbers, seeded with `add_tokens(..., seed=)`.
+        described: for each token whether `pieces` are those of a description.
+        preview: makes the tokenizer as it is going to be, where some of the tokens become pieces of its
+            vocabulary; else `None`.
         memo: shared by the calls for all tables within one `add_tokens`, for costly results that serve several of them
             (texts that a model has generated).
     """
@@ -41,6 +45,8 @@ class InitRequest:
     model: Any
     tokenizer: Any
     generator: torch.Generator
+    described: Sequence[bool] = ()
+    preview: Callable[[], Preview] | None = None
     memo: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -49,6 +55,13 @@ class InitRequest:
         been trained, and should not enter a mean.
         """
         return trained_mask(len(self.table), self.tokenizer, self.padding)
+
+    def previewed(self) -> Preview | None:
+        """The tokenizer as it is going to be, made once; `None` where no token becomes a piece of the vocabulary."""
+        if self.preview is not None and "preview" not in self.memo:
+            self.memo["preview"] = self.preview()
+        found: Preview | None = self.memo.get("preview")
+        return found
 
     @property
     def shared(self) -> bool:

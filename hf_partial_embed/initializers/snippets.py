@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ PROMPTS = ("This text is about {token}", "What is {token}?", "They said that {to
 
 # Text cut out on either side of a token, in characters for each id of context.
 _CHARACTERS = 12
+_TEXTS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -57,26 +58,11 @@ def snippets_of(request: InitRequest, texts: Sequence[str], *, context: int, lim
         `PartialEmbeddingError`: a token that occurs in no text with something before and behind it.
     """
     tokens = list(request.tokens)
-    # As a tokenizer does, take the longest of the tokens that begin at one place.
-    pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
-    found: dict[int, list[tuple[str, str, str]]] = {index: [] for index in range(len(tokens))}
-    reach = context * _CHARACTERS
-    for text in texts:
-        for match in pattern.finditer(text):
-            occurrences = found[tokens.index(match.group())]
-            if len(occurrences) < limit:
-                before = text[max(0, match.start() - reach) : match.start()]
-                occurrences.append((before, match.group(), text[match.end() : match.end() + reach]))
-    flat = [(token, *parts) for token, occurrences in found.items() for parts in occurrences]
-    befores = encode_all(request.tokenizer, [before for _, before, _, _ in flat], unknown=True)
-    afters = encode_all(request.tokenizer, [after for _, _, _, after in flat], unknown=True)
-    wholes = encode_all(request.tokenizer, ["".join(parts) for _, *parts in flat], unknown=True)
     opening = _opening(request.tokenizer)
-    snippets = []
-    for entry, lead, tail, whole in zip(flat, befores, afters, wholes, strict=True):
-        snippet = _align(entry[0], opening, lead, tail, whole, context)
-        if snippet is not None:
-            snippets.append(snippet)
+    snippets = [
+        *_around_pieces(request, texts, opening, context, limit),
+        *_around_added(request, texts, opening, context, limit),
+    ]
     missing = sorted(set(range(len(tokens))) - {snippet.token for snippet in snippets})
     if missing:
         raise PartialEmbeddingError(
@@ -85,6 +71,62 @@ def snippets_of(request: InitRequest, texts: Sequence[str], *, context: int, lim
             "use init='subtoken_mean'."
         )
     return snippets
+
+
+def _around_pieces(
+    request: InitRequest, texts: Sequence[str], opening: list[int], context: int, limit: int
+) -> Iterator[Snippet]:
+    """Snippets of tokens that become pieces of the vocabulary: where the tokenizer is going to find them."""
+    preview = request.previewed()
+    if preview is None:
+        return
+    rows = {token_id: row for row, token_id in enumerate(preview.ids[: len(request.tokens)]) if token_id is not None}
+    found = dict.fromkeys(rows, 0)
+    for first in range(0, len(texts), _TEXTS_AT_ONCE):
+        for ids in preview.read(texts[first : first + _TEXTS_AT_ONCE]):
+            for at in [place for place, token_id in enumerate(ids) if token_id in rows]:
+                lead = [*opening, *preview.expand(ids[max(0, at - context) : at])[-context:]]
+                pieces = preview.expand(ids[at : at + 1])
+                tail = preview.expand(ids[at + 1 : at + 1 + context])[:context]
+                if found[ids[at]] == limit or not lead or not tail:
+                    continue
+                found[ids[at]] += 1
+                yield Snippet(
+                    token=rows[ids[at]],
+                    original=(*lead, *pieces, *tail),
+                    shortened=(*lead, pieces[-1], *tail),
+                    start=len(lead),
+                    end=len(lead) + len(pieces) - 1,
+                    following=len(tail),
+                )
+
+
+def _around_added(
+    request: InitRequest, texts: Sequence[str], opening: list[int], context: int, limit: int
+) -> Iterator[Snippet]:
+    """Snippets of added tokens: wherever their text stands."""
+    preview = request.previewed()
+    rows = {token: row for row, token in enumerate(request.tokens) if preview is None or preview.ids[row] is None}
+    if not rows:
+        return
+    # A tokenizer finds the longest added token that begins at a place.
+    pattern = re.compile("|".join(map(re.escape, sorted(rows, key=len, reverse=True))))
+    found: dict[int, list[tuple[str, str, str]]] = {row: [] for row in rows.values()}
+    reach = context * _CHARACTERS
+    for text in texts:
+        for match in pattern.finditer(text):
+            occurrences = found[rows[match.group()]]
+            if len(occurrences) < limit:
+                before = text[max(0, match.start() - reach) : match.start()]
+                occurrences.append((before, match.group(), text[match.end() : match.end() + reach]))
+    flat = [(token, *parts) for token, occurrences in found.items() for parts in occurrences]
+    befores = encode_all(request.tokenizer, [before for _, before, _, _ in flat], unknown=True)
+    afters = encode_all(request.tokenizer, [after for _, _, _, after in flat], unknown=True)
+    wholes = encode_all(request.tokenizer, ["".join(parts) for _, *parts in flat], unknown=True)
+    for entry, lead, tail, whole in zip(flat, befores, afters, wholes, strict=True):
+        snippet = _align(entry[0], opening, lead, tail, whole, context)
+        if snippet is not None:
+            yield snippet
 
 
 def _align(
@@ -160,13 +202,18 @@ def generate_texts(request: InitRequest, *, prompts: Sequence[str], per_token: i
         raise PartialEmbeddingError(
             f"{type(model).__name__} cannot generate texts. Give some: init=Distill(texts=[...])."
         )
+    preview = request.previewed()
     beginnings = []
-    for token in request.tokens:
+    for row, token in enumerate(request.tokens):
         for number in range(per_token):
             prompt = prompts[number % len(prompts)]
-            # A token with a leading space of its own replaces the one in "about {token}".
-            glued = prompt.replace(" {token}", "{token}") if token[:1].isspace() else prompt
-            beginnings.append(glued.replace("{token}", token))
+            # A token with a leading space of its own replaces the one in "about {token}". A piece of the vocabulary
+            # without one is not found behind a space.
+            if token[:1].isspace():
+                prompt = prompt.replace(" {token}", "{token}")
+            elif preview is not None and preview.ids[row] is not None:
+                prompt = prompt.replace(" {token}", "\n{token}")
+            beginnings.append(prompt.replace("{token}", token))
     opening = _opening(tokenizer)
     encoded = [[*opening, *ids] for ids in encode_all(tokenizer, beginnings, unknown=True)]
     device = request.table.device

@@ -9,8 +9,16 @@ from ..lazy import lazy_names
 if TYPE_CHECKING:
     from .choosing import ChosenTokens, choose_tokens
     from .concepts import concepts_of, expand_placeholders, vector_tokens
+    from .spelling import word_forms
 
-__all__ = ["ChosenTokens", "choose_tokens", "concepts_of", "expand_placeholders", "vector_tokens"]
+__all__ = [
+    "ChosenTokens",
+    "choose_tokens",
+    "concepts_of",
+    "expand_placeholders",
+    "vector_tokens",
+    "word_forms",
+]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
@@ -20,5 +28,6 @@ __getattr__, __dir__ = lazy_names(
         "concepts_of": "concepts",
         "expand_placeholders": "concepts",
         "vector_tokens": "concepts",
+        "word_forms": "spelling",
     },
 )

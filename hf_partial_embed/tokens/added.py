@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy, deepcopy
 from itertools import groupby
 from typing import Any
@@ -133,28 +133,33 @@ def tokens_as_known(tokenizer: Any, tokens: Sequence[AddedToken]) -> list[AddedT
     return found
 
 
-def check_new(tokenizer: Any, tokens: Sequence[AddedToken]) -> None:
+def check_new(tokenizer: Any, tokens: Sequence[AddedToken], *, known: Mapping[str, int] | None = None) -> None:
     """Check that no token is in the vocabulary, under its text or what the tokenizer makes of it.
+
+    Args:
+        tokenizer: any.
+        tokens: new ones.
+        known: ids of those of which it is known already that they are there.
 
     Raises:
         `PartialEmbeddingError`: names those that are; or two that the tokenizer makes the same of.
     """
     _check_growable(tokenizer)
-    known = []
+    found = []
     made_of: dict[tuple[tuple[int, ...], str | None], str] = {}
     added = {unicodedata.normalize("NFC", text): token_id for text, token_id in tokenizer.get_added_vocab().items()}
     all_pieces = encode_all(tokenizer, [token.content for token in tokens], unknown=True)
     for token, pieces in zip(tokens, all_pieces, strict=True):
         text = token.content
         is_read = bool(pieces) and tokenizer.unk_token_id not in pieces
-        token_id = known_id(tokenizer, text)
+        token_id = (known or {}).get(text, known_id(tokenizer, text))
         if token_id is None:
             token_id = added.get(unicodedata.normalize("NFC", text))
         if token_id is None and is_read and len(pieces) == 1:
             token_id = pieces[0]
         if token_id is not None:
             spelled = tokenizer.convert_ids_to_tokens(token_id)
-            known.append(f"{text!r} (id {token_id}{'' if spelled == text else f', {spelled!r}'})")
+            found.append(f"{text!r} (id {token_id}{'' if spelled == text else f', {spelled!r}'})")
         elif pieces:
             # Unknown pieces do not tell what was read, and a token that is not normalised is found in the raw
             # text: such ones are the same only where nothing but spaces differs.
@@ -165,16 +170,23 @@ def check_new(tokenizer: Any, tokens: Sequence[AddedToken]) -> None:
                     f"{tokenizer.convert_ids_to_tokens(pieces)}: they would be two rows for one thing. Give one of "
                     "them."
                 )
-    if known:
-        shown = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
-        verb = "is a token" if len(known) == 1 else "are tokens"
+    if found:
+        shown = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+        verb = "is a token" if len(found) == 1 else "are tokens"
         raise PartialEmbeddingError(
             f"{shown} {verb} of this tokenizer already. Nothing was added. To train rows that exist, use train_tokens."
         )
 
 
-def add_to_tokenizer(tokenizer: Any, tokens: Sequence[AddedToken]) -> list[int]:
+def add_to_tokenizer(
+    tokenizer: Any, tokens: Sequence[AddedToken], places: Mapping[str, int] | None = None
+) -> list[int]:
     """Add tokens that are not known yet; returns their ids.
+
+    Args:
+        tokenizer: any.
+        tokens: new ones.
+        places: ids that the vocabulary keeps free for some of them.
 
     Raises:
         `PartialEmbeddingError`: the tokenizer takes no tokens, gives a token another one's id, does not
@@ -195,7 +207,7 @@ def add_to_tokenizer(tokenizer: Any, tokens: Sequence[AddedToken]) -> list[int]:
         for special, run in groupby(tokens, key=lambda token: bool(token.special)):
             copies = [token_from_dict(token_to_dict(token)) for token in run]
             tokenizer.add_tokens(copies, special_tokens=special)
-        ids = {token.content: _new_id(tokenizer, token.content, taken) for token in tokens}
+        ids = {token.content: _new_id(tokenizer, token.content, taken, places or {}) for token in tokens}
         _check_found(tokenizer, {**found, **ids}, tokens)
     except BaseException:
         came = set(tokenizer.get_added_vocab()) - set(earlier)
@@ -205,7 +217,7 @@ def add_to_tokenizer(tokenizer: Any, tokens: Sequence[AddedToken]) -> list[int]:
     return list(ids.values())
 
 
-def _new_id(tokenizer: Any, text: str, taken: set[int]) -> int:
+def _new_id(tokenizer: Any, text: str, taken: set[int], places: Mapping[str, int]) -> int:
     """The id of a token that has just been added, none of the ids that were there before."""
     name, token_id = type(tokenizer).__name__, known_id(tokenizer, text)
     if token_id is None:
@@ -213,7 +225,8 @@ def _new_id(tokenizer: Any, text: str, taken: set[int]) -> int:
             f"{name} did not take {text!r} as a token of its own. Give it another text, or pass "
             f"AddedToken({text!r}, normalized=False)."
         )
-    if token_id in taken or (tokenizer.is_fast and tokenizer._tokenizer.model.id_to_token(token_id) is not None):
+    held = tokenizer.is_fast and tokenizer._tokenizer.model.id_to_token(token_id) is not None
+    if token_id in taken or (held and places.get(text) != token_id):
         ids = set(tokenizer.get_vocab().values())
         raise PartialEmbeddingError(
             f"{name} would give the new token {text!r} the id {token_id}, which another token has: its {len(ids)} "

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["remove_added_tokens", "settings_kept"]
+__all__ = ["change_state", "changed_copy", "remove_added_tokens", "settings_kept"]
 
 
 @contextmanager
@@ -28,25 +28,50 @@ def settings_kept(tokenizer: Any) -> Iterator[None]:
             backend.enable_padding(**padding)
 
 
+def change_state(backend: Any, change: Callable[[dict[str, Any]], None]) -> None:
+    """Load the backend anew from a changed state, in place, since others may hold it. Nothing or all changes."""
+    split = backend.encode_special_tokens
+    state, parts = _state_and_parts(backend)
+    change(state)
+    try:
+        backend.__setstate__(json.dumps(state, ensure_ascii=False).encode())
+    finally:
+        _set_parts(backend, parts)
+        backend.encode_special_tokens = split
+
+
+def changed_copy(backend: Any, change: Callable[[dict[str, Any]], None]) -> Any:
+    """Another backend, from a changed state of this one."""
+    state, parts = _state_and_parts(backend)
+    change(state)
+    made = type(backend).from_str(json.dumps(state, ensure_ascii=False))
+    _set_parts(made, parts)
+    return made
+
+
 def remove_added_tokens(backend: Any, gone: set[str]) -> None:
-    """Load the backend anew without some tokens, in place, since others may hold it."""
-    split, parts = backend.encode_special_tokens, {}
+    """Load the backend anew without some added tokens."""
+
+    def change(state: dict[str, Any]) -> None:
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in gone]
+
+    change_state(backend, change)
+
+
+def _state_and_parts(backend: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The state as it is serialised, and what cannot be: these two may be written in Python."""
+    parts: dict[str, Any] = {}
     try:
         text = backend.to_str()
-    except Exception:  # noqa: BLE001  # these two may be written in Python, and then cannot be serialised
+    except Exception:  # noqa: BLE001  # the bindings raise nothing more exact
         parts = {"pre_tokenizer": backend.pre_tokenizer, "decoder": backend.decoder}
         try:
             backend.pre_tokenizer = backend.decoder = None
             text = backend.to_str()
         finally:
             _set_parts(backend, parts)
-    state = json.loads(text)
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in gone]
-    try:
-        backend.__setstate__(json.dumps(state, ensure_ascii=False).encode())
-    finally:
-        _set_parts(backend, parts)
-        backend.encode_special_tokens = split
+    state: dict[str, Any] = json.loads(text)
+    return state, parts
 
 
 def _set_parts(backend: Any, parts: dict[str, Any]) -> None:

@@ -160,7 +160,13 @@ class RowDiagnostics:
             )
         if self.partial.tokens:
             sequences = [row for batch in kept for row in batch.reshape(-1, batch.shape[-1]).tolist()]
-            split = split_elsewhere(self.partial.tokenizer, self.partial.tokens, self.partial.token_ids, sequences)
+            split = split_elsewhere(
+                self.partial.tokenizer,
+                self.partial.tokens,
+                self.partial.token_ids,
+                sequences,
+                self.partial.vocabulary_pieces(),
+            )
             if split:
                 logger.warning(
                     "The data has the text of these tokens as other ids, so it was tokenised before they were added "
@@ -251,20 +257,26 @@ def _can_be_asked(head: Any) -> bool:
 
 
 def split_elsewhere(
-    tokenizer: Any, tokens: Sequence[str], ids: Sequence[int], sequences: Sequence[Sequence[int]]
+    tokenizer: Any,
+    tokens: Sequence[str],
+    ids: Sequence[int],
+    sequences: Sequence[Sequence[int]],
+    pieces: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, int]:
-    """How often the text of tokens stands in tokenised data as other ids than theirs.
+    """How often tokens stand in tokenised data as other ids than theirs.
 
     Args:
         tokenizer: the tokenizer, which has the tokens.
         tokens: the tokens' texts.
         ids: their ids.
         sequences: ids of the data.
+        pieces: for each token the ids that it is made of; none for an added token, whose text is looked for.
 
     Returns:
-        `dict[str, int]`: the tokens that occur so; a text counts only where the tokenizer of now would
+        `dict[str, int]`: the tokens that occur so; an occurrence counts only where the tokenizer of now would
         read the token there.
     """
+    made_of = dict.fromkeys(ids, ()) if pieces is None else dict(zip(ids, map(tuple, pieces), strict=True))
     new = set(ids)
     segments: list[list[int]] = [[]]
     for sequence in sequences:
@@ -274,15 +286,30 @@ def split_elsewhere(
             else:
                 segments[-1].append(token_id)
         segments.append([])
-    texts = tokenizer.batch_decode([segment for segment in segments if segment])
+    segments = [segment for segment in segments if segment]
+    windows: dict[int, list[str]] = {token_id: [] for token_id in ids}
+    by_text = [token for token, token_id in zip(tokens, ids, strict=True) if not made_of[token_id]]
+    if by_text:
+        for text in tokenizer.batch_decode(segments):
+            for token, token_id in zip(tokens, ids, strict=True):
+                windows[token_id] += [
+                    text[max(0, match.start() - 16) : match.end() + 16]
+                    for match in (re.finditer(re.escape(token), text) if not made_of[token_id] else ())
+                ]
+    starts: dict[int, list[int]] = {}
+    for token_id, parts in made_of.items():
+        if parts:
+            starts.setdefault(parts[0], []).append(token_id)
+    for segment in segments:
+        for at, first in enumerate(segment):
+            for token_id in starts.get(first, ()):
+                end = at + len(made_of[token_id])
+                if tuple(segment[at:end]) == made_of[token_id]:
+                    # What stands around decides whether its pieces are to be merged here.
+                    windows[token_id].append(tokenizer.decode(segment[max(0, at - 8) : end + 8]))
     found: dict[str, int] = {}
     for token, token_id in zip(tokens, ids, strict=True):
-        windows = [
-            text[max(0, match.start() - 16) : match.end() + 16]
-            for text in texts
-            for match in re.finditer(re.escape(token), text)
-        ]
-        number = sum(token_id in read for read in encode_all(tokenizer, windows))
+        number = sum(token_id in read for read in encode_all(tokenizer, windows[token_id]))
         if number:
             found[token] = number
     return found

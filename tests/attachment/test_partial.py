@@ -12,6 +12,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from added import add_tokens
 from conftest import MODELS, PEFT_WARNING, bpe_tokenizer, build_model, logits_of, run_model, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,6 @@ from hf_partial_embed import (
     FrozenRowsChangedError,
     PartialEmbeddingError,
     TokenRows,
-    add_tokens,
     load_tokens,
     train_tokens,
 )

@@ -53,7 +53,7 @@ def test_byte_level_tokens_that_decode_to_something_else_are_named_once(caplog, 
 def test_tokens_that_decode_to_their_text_are_not_warned_of(caplog, kind):
     tokenizer = TOKENIZERS[kind]()
     add_tokens(build_model(vocab=len(tokenizer)), tokenizer, ["<tool>", "zirconium", "a b", "don't?", "<日本>"])
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.endswith(".traps")]
 
 
 @settings(max_examples=25, deadline=None)

@@ -35,7 +35,7 @@ def base(request, tmp_path):
 def rows(base, tmp_path):
     """A row file of it, in a folder, and the model with the rows on it."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
-    partial = add_tokens(model, tokenizer, TOKENS)
+    partial = add_tokens(model, tokenizer, TOKENS, entry="added")
     with torch.no_grad():
         for parameter in partial.parameters():
             parameter.normal_()
@@ -81,6 +81,32 @@ def test_added_tokens_are_in_an_ordinary_checkpoint(capsys, base, tmp_path):
     torch.testing.assert_close(logits_of(model, ids)[..., :300], expected)
     assert run(capsys, "verify", base, out, "--quiet")[0] == 0
     assert train_tokens(model, tokenizer, TOKENS).token_ids == [300, 301]
+
+
+def test_words_enter_the_vocabulary(capsys, base, tmp_path):
+    (tmp_path / "tokens.json").write_text('["<think>", " lanthan"]', "utf-8")
+    out = tmp_path / "prepared"
+    status, value = run_json(capsys, "add", base, tmp_path / "tokens.json", out, "--quiet")
+    assert status == 0
+    assert value["entries"] | {"<think>": "added", " lanthan": "vocabulary"} == value["entries"]
+    assert set(value["entries"].values()) == {"added", "vocabulary", "part"}
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer("a lanthan", add_special_tokens=False)["input_ids"][-1] == value["tokens"][" lanthan"]
+    assert run(capsys, "verify", base, out, "--quiet")[0] == 0
+    status, text, _ = run(capsys, "add", base, tmp_path / "tokens.json", tmp_path / "as-added", "--entry", "added")
+    assert status == 0 and "added 2 tokens" in text
+
+
+def test_info_and_merge_tell_vocabulary_tokens_from_added_ones(capsys, base, tmp_path):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    partial = add_tokens(model, tokenizer, ["<think>", " lan"])
+    partial.save_pretrained(tmp_path / "rows")
+    words = "1 in the vocabulary of its model, 2 in the vocabulary as parts of those, 1 added tokens"
+    assert words in run(capsys, "info", tmp_path / "rows")[1]
+    assert words in (tmp_path / "rows" / "README.md").read_text("utf-8")
+    status, text, _ = run(capsys, "merge", base, tmp_path / "rows", tmp_path / "merged")
+    assert status == 0 and words in text
+    assert run(capsys, "verify", base, tmp_path / "merged", "--rows", tmp_path / "rows", "--quiet")[0] == 0
 
 
 def test_descriptions_come_from_a_json_file(capsys, base, tmp_path):

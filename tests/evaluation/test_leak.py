@@ -6,12 +6,13 @@ import logging
 
 import pytest
 import torch
+from added import add_tokens
 from conftest import bpe_tokenizer, build_model, table_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Trainer, TrainingArguments
 
-from hf_partial_embed import PartialEmbeddingCallback, PartialEmbeddingError, add_tokens, train_tokens
+from hf_partial_embed import PartialEmbeddingCallback, PartialEmbeddingError, train_tokens
 from hf_partial_embed.evaluation.leak import leak
 from hf_partial_embed.training.optimizers import auto_learning_rate
 

@@ -86,7 +86,7 @@ def trained(kind: str = "llama", *, tied: bool = True, tokens=TOKENS, seed: int 
     """Tokens on a model, with rows that are not their initial ones."""
     model = build_model(kind, tied=tied)
     model.config._name_or_path = base
-    partial = add_tokens(model, bpe_tokenizer(), tokens)
+    partial = add_tokens(model, bpe_tokenizer(), tokens, entry="added")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in partial.parameters():

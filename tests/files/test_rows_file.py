@@ -362,8 +362,8 @@ def test_name_of_a_table_never_becomes_a_path(tmp_path):
 
 
 def test_message_says_what_a_newer_version_needs(tmp_path):
-    write(tmp_path / ROWS_FILE, metadata(format_version=2))
-    with pytest.raises(PartialEmbeddingError, match=r"format version 2; .* up to 1. Upgrade hf_partial_embed."):
+    write(tmp_path / ROWS_FILE, metadata(format_version=3))
+    with pytest.raises(PartialEmbeddingError, match=r"format version 3; .* up to 2. Upgrade hf_partial_embed."):
         TokenRows.from_pretrained(tmp_path)
 
 

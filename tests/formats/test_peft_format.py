@@ -6,11 +6,12 @@ import json
 
 import pytest
 import torch
+from added import add_tokens
 from conftest import PEFT_WARNING, bpe_tokenizer, build_model, logits_of
 from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from hf_partial_embed import PartialEmbeddingError, TokenRows, add_tokens, train_tokens
+from hf_partial_embed import PartialEmbeddingError, TokenRows, train_tokens
 from hf_partial_embed.formats import read_peft, write_peft
 
 pytestmark = [

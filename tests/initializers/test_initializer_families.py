@@ -6,12 +6,13 @@ import logging
 
 import pytest
 import torch
+from added import add_tokens
 from conftest import bpe_tokenizer, build_model, table_of, unigram_tokenizer, wordpiece_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from hf_partial_embed import PartialEmbeddingError, add_tokens
+from hf_partial_embed import PartialEmbeddingError
 from hf_partial_embed.initializers import (
     Copy,
     Description,

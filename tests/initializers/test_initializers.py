@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from added import add_tokens
 from conftest import (
     TOKENIZERS,
     bpe_tokenizer,
@@ -18,7 +19,7 @@ from states import ALL_TOKENIZERS, assert_same, model_state, tokenizer_state
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_partial_embed import PartialEmbeddingError, add_tokens
+from hf_partial_embed import PartialEmbeddingError
 from hf_partial_embed.initializers import INITIALIZERS, register
 
 HUGE = 1e30

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from added import add_tokens
 from conftest import bpe_tokenizer, logits_of
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
-from hf_partial_embed import add_tokens
 
 TOKENS = ["<think>", "</think>", "praseodymium"]
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from added import add_tokens
 from conftest import PEFT_WARNING, bpe_tokenizer, build_model, logits_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from hf_partial_embed import add_tokens, load_tokens
+from hf_partial_embed import load_tokens
 
 pytestmark = [pytest.mark.filterwarnings(PEFT_WARNING), pytest.mark.filterwarnings("ignore::FutureWarning")]
 

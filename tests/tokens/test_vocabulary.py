@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from added import add_tokens
 from conftest import SPECIALS, TOKENIZERS, bpe_tokenizer, build_model, unigram_tokenizer, wordpiece_tokenizer
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -23,7 +24,7 @@ from states import (
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_partial_embed import PartialEmbeddingError, TokenRows, add_tokens, train_tokens
+from hf_partial_embed import PartialEmbeddingError, TokenRows, train_tokens
 
 NEW = ["<think>", "</think>", "zqx"]  # one after another no text of the vocabularies
 

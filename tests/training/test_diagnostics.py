@@ -8,10 +8,11 @@ import pickle
 
 import pytest
 import torch
+from added import add_tokens
 from conftest import bpe_tokenizer, build_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_partial_embed import PartialEmbeddingCallback, PartialEmbeddingError, add_tokens, train_tokens
+from hf_partial_embed import PartialEmbeddingCallback, PartialEmbeddingError, train_tokens
 from hf_partial_embed.training.diagnostics import RowDiagnostics, split_elsewhere
 
 TOKENS = ["<think>", "</think>", "praseodymium", "neodymium"]

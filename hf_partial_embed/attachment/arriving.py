@@ -1,0 +1,91 @@
+"""Saved tokens on their way to a tokenizer: which it knows, which are new, and which parts those need there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import AddedToken
+
+from ..tokens.added import check_new, normalize_tokens, token_from_dict
+from ..tokens.entering import piece_id, plan_again
+from ..tokens.pieces import Piece
+from ..tokens.stored import check_no_spellings, check_same_base, stored_pieces
+from ..tokens.vocabulary import encode_all, known_id
+
+__all__ = ["Arriving", "arriving_tokens"]
+
+
+@dataclass(frozen=True)
+class Arriving:
+    """Saved tokens as they are to be on a tokenizer.
+
+    Attributes:
+        tokens: theirs; behind those of the file parts that they need here and did not there.
+        entries: for each the piece of the vocabulary that it is; `None` for an added token.
+        pieces: for each the ids of what its text is read as now; its own id where the tokenizer knows it.
+        kept: of the file's tokens, those that are among them.
+        num_new: how many of them the tokenizer does not have.
+        reach: ids below this need a row; 0 where there are no tokens.
+    """
+
+    tokens: list[AddedToken]
+    entries: list[Piece | None]
+    pieces: list[list[int]]
+    kept: list[int]
+    num_new: int
+    reach: int
+
+
+def arriving_tokens(tokenizer: Any, stored: Sequence[dict[str, Any]], in_use: set[int]) -> Arriving:
+    """See which of a row file's tokens a tokenizer has, and plan the others.
+
+    Args:
+        tokenizer: only read.
+        stored: the tokens of a row file; none where its rows go by id.
+        in_use: ids that belong to another row set; a part among them stays there.
+
+    Raises:
+        `PartialEmbeddingError`: tokens that cannot come into this tokenizer.
+    """
+    if not stored:
+        return Arriving([], [], [], [], 0, 0)
+    check_same_base(tokenizer, stored)
+    tokens = normalize_tokens([token_from_dict(token) for token in stored], special=False)
+    entries = stored_pieces(stored)
+    ids = [
+        known_id(tokenizer, token.content) if piece is None else piece_id(tokenizer, piece)
+        for token, piece in zip(tokens, entries, strict=True)
+    ]
+    kept = [
+        row for row, (piece, token_id) in enumerate(zip(entries, ids, strict=True))
+        if piece is None or piece.asked or token_id not in in_use
+    ]  # fmt: skip
+    new = [tokens[row] for row in kept if ids[row] is None and entries[row] is None]
+    if new:
+        check_no_spellings(tokenizer, new)
+        check_new(tokenizer, new)
+    missing = [piece for row in kept if ids[row] is None and (piece := entries[row]) is not None]
+    planned = {piece.text: piece for piece in (plan_again(tokenizer, missing) if missing else [])}
+    read = encode_all(tokenizer, [token.content for token in tokens], unknown=True)
+    kept_entries, pieces = [], []
+    for row in kept:
+        piece, own = planned.get(tokens[row].content, entries[row]), ids[row]
+        kept_entries.append(piece)
+        if own is not None:
+            pieces.append([own])
+        else:
+            pieces.append(read[row] if piece is None else list(piece.made_of))
+    texts = {tokens[row].content for row in kept}
+    parts = [piece for text, piece in planned.items() if text not in texts]
+    num_new = len(new) + len(planned)
+    owned = [own for row in kept if (own := ids[row]) is not None]
+    return Arriving(
+        tokens=[*(tokens[row] for row in kept), *(AddedToken(part.text, normalized=True) for part in parts)],
+        entries=[*kept_entries, *parts],
+        pieces=[*pieces, *(list(part.made_of) for part in parts)],
+        kept=kept,
+        num_new=num_new,
+        reach=max([len(tokenizer) + num_new if num_new else 0, *(own + 1 for own in owned)]),
+    )

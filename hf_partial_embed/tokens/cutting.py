@@ -1,0 +1,77 @@
+"""What a person should know of how new tokens are written: added ones that cut other words, words without a space."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers import AddedToken
+
+from ..errors import count, shorten
+from .pieces import Piece
+from .spelling import Spelling
+from .vocabulary import texts_by_id
+
+__all__ = ["cut_tokens", "warn_of_cuts", "warn_of_missing_spaces"]
+
+logger = logging.getLogger(__name__)
+
+
+def cut_tokens(tokenizer: Any, tokens: Sequence[AddedToken]) -> dict[str, int]:
+    """Added tokens that occur inside of the vocabulary's tokens, and in how many of them.
+
+    Where such a token stands in a text, an added token is cut out of it, and what is left of the word is read in more
+    and rarer pieces. Only texts with a letter or a digit at an end are looked at: no word goes on behind a bracket.
+    """
+    contents = {
+        token.content
+        for token in tokens
+        if not token.single_word and (token.content[:1].isalnum() or token.content[-1:].isalnum())
+    }
+    if not contents:
+        return {}
+    lengths = sorted({len(content) for content in contents})
+    backend = tokenizer._tokenizer if getattr(tokenizer, "is_fast", False) else None
+    spelling = None if backend is None else Spelling(backend)
+    found: Counter[str] = Counter()
+    for text in texts_by_id(tokenizer, 1 << 60).values():
+        whole = (spelling.text_of(text) if spelling and spelling.byte_level else None) or text
+        inside = {
+            part
+            for length in lengths
+            if length < len(whole)
+            for start in range(len(whole) - length + 1)
+            if (part := whole[start : start + length]) in contents
+        }
+        # A word with and without its leading space is the same word.
+        found.update(part for part in inside if whole.strip() != part.strip())
+    return {token.content: found[token.content] for token in tokens if found[token.content]}
+
+
+def warn_of_cuts(tokenizer: Any, tokens: Sequence[AddedToken]) -> None:
+    """Tell which added tokens will cut other words."""
+    cut = cut_tokens(tokenizer, tokens)
+    if cut:
+        logger.warning(
+            "%s will be cut out of other words, since added tokens are taken out of a text before the tokenizer's "
+            "model reads it: %s. Such words become longer. Let words enter with entry='vocabulary', give them with "
+            "their leading space, or pass AddedToken(..., single_word=True).",
+            count(list(cut), "added token"),
+            shorten([f"{token} (inside of {number} tokens of the vocabulary)" for token, number in cut.items()]),
+        )
+
+
+def warn_of_missing_spaces(tokenizer: Any, pieces: Sequence[Piece | None]) -> None:
+    """Tell of words without their leading space, where no token has one: they are not found inside of a sentence."""
+    asked = [piece.text for piece in pieces if piece is not None and piece.asked]
+    words = [text for text in asked if text[:1].isalpha()]
+    if not words or any(text.startswith(" ") for text in asked) or not Spelling(tokenizer._tokenizer).marks_spaces:
+        return
+    logger.warning(
+        "%s came into the vocabulary without a leading space: %s. This tokenizer's words have one, so inside of a "
+        "sentence %r is not found, only at the beginning of a line or behind a bracket. Give %r, or both forms: "
+        "word_forms(tokenizer, words).",
+        count(words, "word"), shorten(words), words[0], " " + words[0],
+    )  # fmt: skip
