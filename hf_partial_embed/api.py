@@ -15,9 +15,10 @@ from .attachment.partial import PartialEmbedding, TokenRows, attach_rows
 from .errors import PartialEmbeddingError, shorten
 from .initializers import Initializer, resolve
 from .initializers.initial_values import initial_values
-from .layout.tables import find_layout
+from .layout.tables import VocabularyLayout, find_layout
 from .modules.splitting import check_ids
 from .tokens.added import check_new, existing_tokens, normalize_tokens
+from .tokens.reserved import pieces_without, tokenizer_without
 from .tokens.vocabulary import encode_all, find_ids, plain_tokenizer
 
 __all__ = ["add_tokens", "load_tokens", "train_tokens"]
@@ -87,22 +88,32 @@ def train_tokens(
     tokenizer: Any,
     tokens: Sequence[str | AddedToken] | Sequence[int],
     *,
+    init: str | Initializer | None = None,
     strategy: str = "split",
     output: str | bool = "auto",
     dtype: torch.dtype | None = None,
+    seed: int = 0,
 ) -> PartialEmbedding:
     """Make rows that exist the only ones that train; otherwise like `add_tokens`.
 
     Args:
         model: a `transformers` model.
-        tokenizer: its tokenizer; may be `None` where `tokens` are ids.
+        tokenizer: its tokenizer; may be `None` where `tokens` are ids and there is no `init`.
         tokens: tokens of the vocabulary, or ids, in any order.
+        init: `None` keeps the rows as they are. Else they start anew, as new tokens' rows do, from what their
+            texts would be read as if none of these tokens were there: an added token's text as the rest of the
+            tokenizer reads it; a piece of the vocabulary as the pieces that it is made of, one level down. The
+            old rows enter no mean. With `output=False` the head's rows stay as they are. `detach()` gives the
+            old rows back.
         strategy, output, dtype: as in `add_tokens`.
+        seed: of initialisers that draw random numbers.
 
     Raises:
         `PartialEmbeddingError`: tokens that are not in the vocabulary, ids outside of the table, either
-            given twice; arguments that do not fit. Nothing has changed.
+            given twice; rows that start anew, but have no token; arguments that do not fit. Nothing has changed.
     """
+    if init is not None:
+        resolve(init)
     values: Any = tokens.tolist() if isinstance(tokens, Tensor) else tokens
     if isinstance(values, (str, AddedToken)) or not isinstance(values, Iterable):
         raise PartialEmbeddingError(f"tokens must be a list of tokens or of ids, but got {values!r}.")
@@ -123,9 +134,35 @@ def train_tokens(
         if tokenizer is not None:
             texts = existing_tokens(tokenizer, ids)
     rows = {table.name: table.rows(ids) for table in layout.tables if table.has_rows}
+    if init is not None:
+        rows.update(_rows_anew(model, tokenizer, layout, texts, ids, init, output, seed))
     return attach_rows(
         model, tokenizer, layout, tokens=texts, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype
     )
+
+
+def _rows_anew(
+    model: Any,
+    tokenizer: Any,
+    layout: VocabularyLayout,
+    tokens: list[AddedToken],
+    ids: list[int],
+    init: str | Initializer,
+    output: str | bool,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Initial rows for tokens that exist, as if they did not."""
+    if not tokens:
+        reason = "there is no tokenizer" if tokenizer is None else "not all of them have a token"
+        raise PartialEmbeddingError(
+            f"Rows {shorten(ids)} have no text to start anew from with init={init!r}: {reason}. Pass the tokenizer and "
+            "ids that have a token, or leave init out, which keeps the rows as they are."
+        )
+    roles = ("input", "extra") if output is False else ("input", "extra", "output", "bias")
+    trained = VocabularyLayout([table for table in layout.tables if table.role in roles])
+    without = tokenizer_without(tokenizer, ids)
+    pieces = pieces_without(tokenizer, without, ids)
+    return initial_values(model, without, trained, tokens, None, init, seed, ids=ids, known_pieces=pieces)
 
 
 def load_tokens(

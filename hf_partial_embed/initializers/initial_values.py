@@ -1,7 +1,8 @@
-"""Initial rows of every table of a model, for tokens that are not there yet."""
+"""Initial rows of every table of a model, for tokens that are not there yet, or are and start anew."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,8 +25,17 @@ def initial_values(
     starts: list[str | Tensor] | None,
     init: str | Initializer,
     seed: int,
+    *,
+    ids: Sequence[int] = (),
+    known_pieces: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Tensor]:
-    """Rows of each table of a model for tokens that are not added yet."""
+    """Rows of each table of a model for tokens that are not added yet, or as if they were not there.
+
+    Args:
+        model, tokenizer, layout, tokens, starts, init, seed: as `add_tokens` has them.
+        ids: rows that the tokens will take, where these exist: what stands there is no trained row.
+        known_pieces: what the tokens' texts are read as, where the tokenizer is not to be asked.
+    """
     texts = [token.content for token in tokens]
     given: list[Any] = starts or [None] * len(texts)
     for text, start in zip(texts, given, strict=True):
@@ -34,7 +44,7 @@ def initial_values(
                 f"Token {text!r} starts from {start!r}: give a description (str) or its row (a tensor)."
             )
     sources = [start if isinstance(start, str) else text for text, start in zip(texts, given, strict=True)]
-    all_pieces = encode_all(tokenizer, sources)
+    all_pieces = encode_all(tokenizer, sources) if known_pieces is None else known_pieces
     rows = {}
     memo: dict[str, Any] = {}
     for table in layout.tables:
@@ -63,6 +73,7 @@ def initial_values(
             tokenizer=tokenizer,
             generator=torch.Generator().manual_seed(seed),
             memo=memo,
+            untrained=ids,
         )
         values = initial_rows(init, request)
         described = [row for row, start in enumerate(given) if isinstance(start, str)]

@@ -31,6 +31,7 @@ class InitRequest:
         generator: source of random numbers, seeded with `add_tokens(..., seed=)`.
         memo: kept from one table to the next within one `add_tokens`, for what is costly and serves all
             of them (texts that a model has generated).
+        untrained: ids of rows of the table that the tokens will take: they enter no mean.
     """
 
     table: Tensor
@@ -42,13 +43,16 @@ class InitRequest:
     tokenizer: Any
     generator: torch.Generator
     memo: dict[str, Any] = field(default_factory=dict)
+    untrained: Sequence[int] = ()
 
     @cached_property
     def trained_rows(self) -> Tensor:
         """Bool `[V]`: rows that belong to a token. Spare rows, rows in gaps between ids and the row of
         the padding are not trained, and should enter no mean.
         """
-        return trained_mask(len(self.table), self.tokenizer, self.padding)
+        trained = trained_mask(len(self.table), self.tokenizer, self.padding)
+        trained[[token_id for token_id in self.untrained if token_id < len(trained)]] = False
+        return trained
 
     @property
     def shared(self) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["remove_added_tokens", "settings_kept"]
+__all__ = ["change_state", "remove_added_tokens", "settings_kept"]
 
 
 @contextmanager
@@ -30,6 +30,20 @@ def settings_kept(tokenizer: Any) -> Iterator[None]:
 
 def remove_added_tokens(backend: Any, gone: set[str]) -> None:
     """Load the backend anew without some tokens, in place, since others may hold it."""
+
+    def change(state: dict[str, Any]) -> None:
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in gone]
+
+    change_state(backend, change)
+
+
+def change_state(backend: Any, change: Callable[[dict[str, Any]], None]) -> None:
+    """Load the backend anew from what it is saved as, changed, in place, since others may hold it.
+
+    Args:
+        backend: its truncation, its padding and how it splits special tokens stay as they are.
+        change: changes the state, a JSON object as `tokenizer.json` has it.
+    """
     split, parts = backend.encode_special_tokens, {}
     try:
         text = backend.to_str()
@@ -41,7 +55,7 @@ def remove_added_tokens(backend: Any, gone: set[str]) -> None:
         finally:
             _set_parts(backend, parts)
     state = json.loads(text)
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in gone]
+    change(state)
     try:
         backend.__setstate__(json.dumps(state, ensure_ascii=False).encode())
     finally:
