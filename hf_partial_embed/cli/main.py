@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import PartialEmbeddingError, visible
+from .audit import add_audit
 from .compare import add_verify
 from .convert import add_convert
 from .output import BAD_INPUT, CRASHED, INTERRUPTED, OK, VisibleFormatter, silence
@@ -37,7 +38,7 @@ exit status:
 
 
 # In the order in which the help lists them.
-_COMMANDS = (add_info, add_add, add_merge, add_verify, add_convert, add_neighbours)
+_COMMANDS = (add_info, add_add, add_merge, add_verify, add_convert, add_neighbours, add_audit)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

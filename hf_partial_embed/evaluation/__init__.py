@@ -1,4 +1,4 @@
-"""How good rows are: neighbours, leak, pictures."""
+"""How good rows are: neighbours, leak, pictures, and which were never trained."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .audit import AuditReport, audit_tokens
     from .neighbours import nearest_rows
     from .plot import plot_rows
 
-__all__ = ["nearest_rows", "plot_rows"]
+__all__ = ["AuditReport", "audit_tokens", "nearest_rows", "plot_rows"]
 
-__getattr__, __dir__ = lazy_names(__name__, {"nearest_rows": "neighbours", "plot_rows": "plot"})
+__getattr__, __dir__ = lazy_names(
+    __name__, {"AuditReport": "audit", "audit_tokens": "audit", "nearest_rows": "neighbours", "plot_rows": "plot"}
+)

@@ -20,7 +20,7 @@ from .vocabulary import encode_all, known_id, read_all
 
 __all__ = ["Renaming", "is_reserved_name", "pieces_without", "rename_tokens", "roles_of", "tokenizer_without"]
 
-# `<|reserved_special_token_7|>`, `<unused0>`, `[unused1]`, `<SPECIAL_20>`, `<｜place▁holder▁no▁7｜>`, `madeupword0001`.
+# `<|reserved_special_token_7|>`, `<unused0>`, `[unused1]`, `<SPECIAL_20>`, `madeupword0001`, DeepSeek's place holders.
 # T5's `<extra_id_0>` is none of them: it was trained.
 _RESERVED = re.compile(
     r"\W*\w*(?:reserved|unused|place[^a-z]?holder|dummy|madeupword|special|control|spare|extra)(?:[^a-z]|token|id|no)*\d+\W*",
