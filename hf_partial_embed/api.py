@@ -13,6 +13,7 @@ from torch import Tensor
 from .attachment.options import check_options
 from .attachment.partial import PartialEmbedding, TokenRows, attach_rows
 from .errors import PartialEmbeddingError, shorten
+from .evaluation.reuse import plan_reuse
 from .initializers import Initializer, resolve
 from .initializers.initial_values import initial_values
 from .layout.tables import VocabularyLayout, find_layout
@@ -35,6 +36,8 @@ def add_tokens(
     strategy: str = "split",
     output: str | bool = "auto",
     special: bool = False,
+    reuse: str | Sequence[str] | None = None,
+    force: bool = False,
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> PartialEmbedding:
@@ -59,6 +62,13 @@ def add_tokens(
         output: `"auto"` trains the head's new rows too where there is a head over the vocabulary;
             `False` leaves them at their initial values.
         special: whether the tokens are special ones, which `decode(skip_special_tokens=True)` drops.
+        reuse: names of reserved or unused tokens that the tokens take over, in this order: id and row, everywhere
+            that the name stands (vocabulary, special tokens, post-processor, what is saved). The tokenizer and the
+            tables keep their length, so it works on a model that is sharded already. The old name is ordinary text
+            afterwards, until `detach()`. `"auto"` takes those that are reserved by their names and untrained by
+            their rows (`audit_tokens`), then spare rows of the tables, then lets the tables grow, and logs which.
+        force: whether names in `reuse` may be of tokens that are trained, or that the chat template, the end of a
+            text or the like use; then these use the new one.
         dtype: of the trainable rows; `None` is float32 under `"split"` and the model's under `"mask"`.
         seed: of initialisers that draw random numbers.
 
@@ -74,13 +84,21 @@ def add_tokens(
     added = normalize_tokens(list(tokens) if isinstance(tokens, Mapping) else tokens, special)
     resolve(init)
     check_new(tokenizer, added)
-    layout = find_layout(model, len(tokenizer) + len(added))
+    planned: dict[str, str] = {}
+    taken: list[int] = []
+    if reuse is not None:
+        texts = [token.content for token in added]
+        planned = plan_reuse(model, tokenizer, find_layout(model), texts, reuse, force)
+        taken = find_ids(tokenizer, list(planned.values()))
+    growing = len(added) - len(planned)
+    layout = find_layout(model, len(tokenizer) + growing if growing else None)
     check_options(layout, strategy, output, dtype)
-    rows = initial_values(model, tokenizer, layout, added, list(starts.values()) or None, init, seed)
+    rows = initial_values(model, tokenizer, layout, added, list(starts.values()) or None, init, seed, ids=taken)
     pieces = encode_all(tokenizer, [token.content for token in added], unknown=True)
     return attach_rows(
-        model, tokenizer, layout, tokens=added, rows=rows, strategy=strategy, output=output, dtype=dtype, pieces=pieces
-    )
+        model, tokenizer, layout, tokens=added, rows=rows, strategy=strategy, output=output, dtype=dtype,
+        pieces=pieces, reuse=planned,
+    )  # fmt: skip
 
 
 def train_tokens(
@@ -155,8 +173,8 @@ def _rows_anew(
     if not tokens:
         reason = "there is no tokenizer" if tokenizer is None else "not all of them have a token"
         raise PartialEmbeddingError(
-            f"Rows {shorten(ids)} have no text to start anew from with init={init!r}: {reason}. Pass the tokenizer and "
-            "ids that have a token, or leave init out, which keeps the rows as they are."
+            f"Rows {shorten(ids)} have no text to start anew from with init={init!r}: {reason}. Pass the tokenizer "
+            "and ids that have a token, or leave init out, which keeps the rows as they are."
         )
     roles = ("input", "extra") if output is False else ("input", "extra", "output", "bias")
     trained = VocabularyLayout([table for table in layout.tables if table.role in roles])

@@ -7,7 +7,7 @@ that an attachment can be deep-copied together with its model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from .steps import (
     HideRows,
     Mask,
     OpenScope,
+    RenameTokens,
     SetAttribute,
     Split,
     Step,
@@ -59,6 +60,7 @@ class Attachment:
         dtype: dtype of the trainable rows under `"split"`.
         pieces: for each token the ids of what its text was read as before it was added; `None` where the tokens
             were there already.
+        reuse: for each token that takes over another one the text of that, by its own.
         trainable: whether they train at first.
     """
 
@@ -74,6 +76,7 @@ class Attachment:
         output: str | bool,
         dtype: torch.dtype | None,
         pieces: Sequence[Sequence[int]] | None = None,
+        reuse: Mapping[str, str] | None = None,
         trainable: bool = True,
     ) -> None:
         self.model = model
@@ -84,6 +87,7 @@ class Attachment:
         self.output = output
         self.dtype = dtype
         self.pieces = None if pieces is None else [list(ids) for ids in pieces]
+        self.reuse = dict(reuse or {})
         self.trainable = trainable
         self.rows: dict[str, Any] = dict(rows)
         self.ids: list[int] = []
@@ -172,6 +176,9 @@ class Attachment:
     def _give_ids(self) -> list[int]:
         if self.fixed_ids is not None:
             return self.fixed_ids
+        if self.reuse:
+            taken = {self.reuse[token.content]: token for token in self.tokens if token.content in self.reuse}
+            self._do(RenameTokens(self.tokenizer, taken))
         texts = [token.content for token in self.tokens]
         ids = {text: known_id(self.tokenizer, text) for text in texts}
         new = [token for token in self.tokens if ids[token.content] is None]

@@ -519,12 +519,13 @@ def attach_rows(
     dtype: torch.dtype | None,
     ids: Sequence[int] | None = None,
     pieces: Sequence[Sequence[int]] | None = None,
+    reuse: Mapping[str, str] | None = None,
     trainable: bool = True,
 ) -> PartialEmbedding:
     """Put a set of rows on a model; see `Attachment`."""
     attachment = Attachment(
         model, tokenizer, tokens=tokens, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype,
-        pieces=pieces, trainable=trainable,
+        pieces=pieces, reuse=reuse, trainable=trainable,
     )  # fmt: skip
     partial = PartialEmbedding(attachment)
     attachment.apply(layout)

@@ -21,6 +21,7 @@ from ..modules.rows import ForwardScope, PartialModule
 from ..modules.sharding import is_dtensor, shard_with
 from ..modules.splitting import next_row_name, split_module, unsplit_module
 from ..tokens.added import add_to_tokenizer, remove_from_tokenizer
+from ..tokens.reserved import Renaming
 
 __all__ = [
     "SCOPE",
@@ -29,6 +30,7 @@ __all__ = [
     "HideRows",
     "Mask",
     "OpenScope",
+    "RenameTokens",
     "SetAttribute",
     "Split",
     "Step",
@@ -64,6 +66,21 @@ class AddTokens:
         if self.begun:
             remove_from_tokenizer(self.tokenizer, [token.content for token in self.tokens])
             self.begun = False
+
+
+class RenameTokens:
+    """Give tokens of the tokenizer other names: they are taken over."""
+
+    lasts = True
+
+    def __init__(self, tokenizer: Any, names: dict[str, AddedToken]) -> None:
+        self.renaming = Renaming(tokenizer, names)
+
+    def do(self) -> None:
+        self.renaming.do()
+
+    def undo(self) -> None:
+        self.renaming.undo()
 
 
 class WriteRows:

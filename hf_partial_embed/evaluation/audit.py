@@ -359,14 +359,15 @@ def _padding_problems(tokenizer: Any, ends: list[int]) -> list[Problem]:
     if padding is None or padding not in {tokenizer.eos_token_id, *ends}:
         return []
     what = (
-        f"{tokenizer.pad_token!r} pads and ends: where labels of padding are masked out, the end is, too, and the model "
-        "never learns to stop"
+        f"{tokenizer.pad_token!r} pads and ends: where labels of padding are masked out, the end is, too, and the "
+        "model never learns to stop"
     )
     remedy = 'add_tokens(model, tokenizer, ["<pad>"], special=True, reuse="auto"); tokenizer.pad_token = "<pad>"'
     return [Problem("warning", what, remedy, [tokenizer.pad_token])]
 
 
-_MARKER = re.compile(r"<[|｜][^<>|｜\s]+[|｜]>|<(?:start|end|begin)_of_\w+>|<\|[^<>|\s]+>|\[/?[A-Z_]{3,}\]")
+_BAR = "[|\uff5c]"  # DeepSeek's is a wide one
+_MARKER = re.compile(rf"<{_BAR}[^<>|\uff5c\s]+{_BAR}>|<(?:start|end|begin)_of_\w+>|<\|[^<>|\s]+>|\[/?[A-Z_]{{3,}}\]")
 
 
 def _split_markers(tokenizer: Any, chats: list[str]) -> list[Problem]:

@@ -220,7 +220,8 @@ class _Tests:
             ids, rows.norm(dim=1).tolist(), (rows - self.mean).norm(dim=1).tolist(), strict=True
         ):
             if centred < self.centred_bounds[0]:
-                detail = f"it is {centred:.3g} from the mean of all rows, where trained rows are {self.centred_bounds[2]:.3g}"
+                usual = self.centred_bounds[2]
+                detail = f"it is {centred:.3g} from the mean of all rows, where trained rows are {usual:.3g}"
                 found[token_id] = Finding("mean", detail)
             elif not self.bounds[0] <= norm <= self.bounds[1]:
                 kind = "short" if norm < self.bounds[0] else "long"
@@ -248,7 +249,7 @@ class _Tests:
 
     def _likelihood(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """How much better the trained rows' axes explain a row than equal axes do, at the best scale for each,
-        `2/d` of the log-likelihood ratio; and how far the shares of the axes, in parts, are from equal ones, as a chi².
+        `2/d` of the log-likelihood ratio; and how far the axes' shares, in parts, are from equal ones, as a chi².
         """
         squares = (rows @ self.axes).square()
         ratio = squares.mean(1).log() - (squares / self.shares).mean(1).log() - self.shares.log().mean()

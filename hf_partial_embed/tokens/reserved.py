@@ -15,7 +15,7 @@ from tokenizers import AddedToken
 
 from ..errors import PartialEmbeddingError, shorten
 from .added import check_found, token_from_dict, token_to_dict
-from .backend import change_state
+from .backend import change_state, settings_kept
 from .vocabulary import encode_all, known_id, read_all
 
 __all__ = ["Renaming", "is_reserved_name", "pieces_without", "rename_tokens", "roles_of", "tokenizer_without"]
@@ -39,8 +39,9 @@ def roles_of(tokenizer: Any, text: str) -> list[str]:
     roles = [role for role, token in tokenizer.special_tokens_map.items() if isinstance(token, str) and token == text]
     if any(text in template for template in _templates(tokenizer.chat_template)):
         roles.append("the chat template")
-    token_id = known_id(tokenizer, text)
-    if not roles and token_id in tokenizer.build_inputs_with_special_tokens([]):
+    with settings_kept(tokenizer):
+        around = tokenizer("", add_special_tokens=True, truncation=False, padding=False, verbose=False)["input_ids"]
+    if not roles and known_id(tokenizer, text) in around:
         roles.append("what is put around each text")
     return roles
 

@@ -21,7 +21,7 @@ SIZE, WIDTH = 400, 64
 
 
 def trained_rows(seed: int = 0, size: int = SIZE) -> torch.Tensor:
-    """Rows as training leaves them: around a mean, spread along a few axes more than along others, of several words."""
+    """Rows as training leaves them: around a mean, along a few axes more than along others, of several words."""
     generator = torch.Generator().manual_seed(seed)
     spread = torch.logspace(0, -1.5, WIDTH)
     axes, _ = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator))
