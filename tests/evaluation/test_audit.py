@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import bpe_tokenizer, build_model, snapshot, table_of
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertTokenizerFast,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from hf_partial_embed import PartialEmbeddingError, add_tokens, audit_tokens, train_tokens
 from hf_partial_embed.cli.main import main
@@ -241,3 +251,55 @@ class TestReport:
         assert main([*arguments, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["untrained"][0]["token"] == "</s>"
         assert main(["audit", str(tmp_path / "model"), "--texts", str(tmp_path / "none.txt")]) == 2
+
+
+def albert():
+    spec = importlib.util.find_spec("rxnmapper")
+    if spec is None:
+        pytest.skip("pip install --no-deps rxnmapper==0.4.3")
+    folder = Path(spec.origin).parent / "models" / "transformers" / "albert_heads_8_uspto_all_1310k"
+    return AutoModelForMaskedLM.from_pretrained(folder), BertTokenizerFast(
+        str(folder / "vocab.txt"), do_lower_case=False
+    )
+
+
+def smollm2(tied: bool):
+    folder = os.environ.get("SMOLLM2")
+    if folder is None:
+        pytest.skip("set SMOLLM2 to the folder of the model that the examples convert")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if not tied:
+        model.lm_head.weight = nn.Parameter(model.get_input_embeddings().weight.detach().clone())
+        model.config.tie_word_embeddings = False
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+REAL = {"albert": albert, "smollm2": lambda: smollm2(True), "smollm2-untied": lambda: smollm2(False)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+def test_rows_planted_in_real_models(name):
+    model, tokenizer = REAL[name]()
+    generator = torch.Generator().manual_seed(0)
+    size = len(tokenizer)
+    used = torch.randperm(size, generator=generator)[: min(size, 1500)].tolist()
+    untouched = audit_tokens(model, tokenizer, [used])
+    assert [row.token for row in untouched.rows if row.id in used and row.kind != "equal"] == []
+    for where in ("output",) if "untied" in name else ("input",):
+        table = table_of(model, where)
+        before = table.clone()
+        for kind in ("zero", "draw", "loud draw", "copy"):
+            planted = used[: 5 if name == "albert" else 15]
+            with torch.no_grad():
+                for token_id in planted:
+                    draw = torch.randn(table.shape[1], generator=generator)
+                    table[token_id] = {
+                        "zero": draw * 0, "draw": draw * 0.02, "loud draw": draw * before.square().mean().sqrt(),
+                        "copy": before[used[-1 - token_id % 500]],
+                    }[kind]  # fmt: skip
+            found = {row.id for row in audit_tokens(model, tokenizer, [used]).rows}
+            table.copy_(before)
+            assert found >= set(planted), kind
+            false = found - set(planted) - {row.id for row in untouched.rows}
+            assert len(false) <= 0.01 * len(used), kind

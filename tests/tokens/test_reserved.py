@@ -283,6 +283,9 @@ def test_real_tokenizers(name, tmp_path):
     if folder is None:
         pytest.skip("set HF_PARTIAL_EMBED_TOKENIZERS to a folder with NAME/package/models/tokenizer.json")
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    if name == "llama2":  # transformers itself reads what follows `<s>` in another way after a save and a reload
+        tokenizer.save_pretrained(tmp_path / "base")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     base, parts = tokenizer._tokenizer.to_str(), str(tokenizer.init_kwargs)
     vocabulary, size = tokenizer.get_vocab(), len(tokenizer)
     reserved = [text for text, _ in sorted(vocabulary.items(), key=lambda item: item[1]) if is_reserved_name(text)][:3]
