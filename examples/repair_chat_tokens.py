@@ -6,6 +6,9 @@ SmolLM2-135M-Instruct with the rows of `<|im_start|>` and `<|im_end|>` overwritt
 state that base models come in. The audit finds them; `train_tokens(init=...)` gives them a start, and 100 steps on
 short chats train the two rows, with the body frozen. What counts is how many replies to held-out questions stop by
 themselves. Beside it: LoRA with the same steps, which leaves the broken rows as they are.
+
+Measured, one seed, of 100 held-out questions: untouched 69 (it explains at length), broken 0, rows 100 (1,152 numbers
+train), LoRA 0 (2,442,240 train).
 """
 
 from __future__ import annotations
