@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .api import add_tokens, load_tokens, train_tokens
     from .attachment.partial import PartialEmbedding, TokenRows
     from .errors import FrozenRowsChangedError, PartialEmbeddingError
+    from .evaluation.audit import audit_tokens
     from .evaluation.evaluate import evaluate
     from .files.checkpoints import verify_checkpoint
     from .modules.embedding import SplitEmbedding
@@ -35,6 +36,7 @@ __all__ = [
     "SplitLinear",
     "TokenRows",
     "add_tokens",
+    "audit_tokens",
     "choose_tokens",
     "evaluate",
     "linear_cross_entropy",
@@ -54,6 +56,7 @@ __getattr__, __dir__ = lazy_names(
         "train_tokens": "api",
         "choose_tokens": "tokens.choosing",
         "evaluate": "evaluation.evaluate",
+        "audit_tokens": "evaluation.audit",
         "PartialEmbedding": "attachment.partial",
         "TokenRows": "attachment.partial",
         "PartialEmbeddingCallback": "training.callback",

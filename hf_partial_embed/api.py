@@ -15,13 +15,15 @@ from .attachment.options import check_options
 from .attachment.partial import PartialEmbedding, TokenRows, attach_rows
 from .attachment.traps import warn_of_traps
 from .errors import PartialEmbeddingError, shorten
+from .evaluation.reuse import plan_reuse
 from .initializers import Initializer, resolve
-from .initializers.initial_values import new_rows
+from .initializers.initial_values import initial_values, new_rows
 from .layout.tables import VocabularyLayout, find_layout
 from .modules.splitting import check_ids
 from .tokens.added import check_new, existing_tokens, normalize_tokens, tokens_as_known, without_tokens_from
 from .tokens.cutting import warn_of_cuts, warn_of_missing_spaces
 from .tokens.entering import pieces_of, plan_tokens
+from .tokens.reserved import pieces_without, tokenizer_without
 from .tokens.vocabulary import find_ids, known_id, plain_tokenizer
 
 __all__ = ["add_tokens", "load_tokens", "train_tokens"]
@@ -39,6 +41,8 @@ def add_tokens(
     output: str | bool = "auto",
     special: bool = False,
     entry: str = "auto",
+    reuse: str | Sequence[str] | None = None,
+    force: bool = False,
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> PartialEmbedding:
@@ -69,6 +73,13 @@ def add_tokens(
             merges, so that no text becomes longer and one without new tokens is read as before; parts that a
             token needs become tokens with rows, too. `"auto"`: special tokens, `AddedToken` objects and texts that
             the pre-tokenizer would cut are added; other strings enter the vocabulary where it can take them.
+        reuse: names of reserved or unused tokens that the tokens take over, in this order: id and row, everywhere
+            that the name stands (vocabulary, special tokens, post-processor, what is saved). The tokenizer and the
+            tables keep their length, so it works on a model that is sharded already. The old name is ordinary text
+            afterwards, until `detach()`. `"auto"` takes those that are reserved by their names and untrained by
+            their rows (`audit_tokens`), then spare rows of the tables, then lets the tables grow, and logs which.
+        force: whether names in `reuse` may be of tokens that are trained, or that the chat template, the end of a
+            text or the like use; then these use the new one.
         dtype: of the trainable rows; `None` is float32 under `"split"` and the model's under `"mask"`.
         seed: of initialisers that draw random numbers.
 
@@ -85,11 +96,24 @@ def add_tokens(
     listed = list(tokens) if isinstance(tokens, Iterable) and not isinstance(tokens, str) else tokens
     asked = normalize_tokens(listed, special)
     resolve(init)
+    if reuse is not None and entry == "vocabulary":
+        raise PartialEmbeddingError(
+            "A token that takes over another one's id is cut out of the text as that one was: reuse and "
+            "entry='vocabulary' cannot be had together. Leave one of them out."
+        )
     # What the tokenizer has and the table has no row for (it was extended first) stays as it is there.
     there = [known_id(tokenizer, token.content) is not None for token in asked]
     plain = [isinstance(token, str) and not known for token, known in zip(listed, there, strict=True)]
-    entering = plan_tokens(tokenizer, asked, plain, entry)
-    layout = find_layout(model, len(tokenizer) + len(entering.tokens) - sum(there))
+    entering = plan_tokens(tokenizer, asked, plain, entry if reuse is None else "added")
+    planned: dict[str, str] = {}
+    taken: list[int] = []
+    if reuse is not None:
+        texts = [token.content for token in asked]
+        check_new(tokenizer, asked)
+        planned = plan_reuse(model, tokenizer, find_layout(model), texts, reuse, force)
+        taken = find_ids(tokenizer, list(planned.values()))
+    growing = len(entering.tokens) - len(planned) - sum(there)
+    layout = find_layout(model, len(tokenizer) + growing if growing or any(there) else None)
     before = without_tokens_from(tokenizer, min(table.size for table in layout.tables))
     added = [token for token, piece in zip(asked, entering.pieces, strict=False) if piece is None]
     if added:
@@ -97,10 +121,10 @@ def add_tokens(
     entering = replace(entering, tokens=tokens_as_known(tokenizer, entering.tokens))
     check_options(layout, strategy, output, dtype)
     pieces = pieces_of(before, entering)
-    rows = new_rows(model, before, layout, entering, pieces, list(starts.values()) or None, init, seed)
+    rows = new_rows(model, before, layout, entering, pieces, list(starts.values()) or None, init, seed, ids=taken)
     partial = attach_rows(
         model, tokenizer, layout, tokens=entering.tokens, entries=entering.pieces, rows=rows, strategy=strategy,
-        output=output, dtype=dtype, pieces=pieces,
+        output=output, dtype=dtype, pieces=pieces, reuse=planned,
     )  # fmt: skip
     warn_of_cuts(tokenizer, added)
     warn_of_missing_spaces(tokenizer, entering.pieces)
@@ -113,22 +137,32 @@ def train_tokens(
     tokenizer: Any,
     tokens: Sequence[str | AddedToken] | Sequence[int],
     *,
+    init: str | Initializer | None = None,
     strategy: str = "split",
     output: str | bool = "auto",
     dtype: torch.dtype | None = None,
+    seed: int = 0,
 ) -> PartialEmbedding:
     """Make rows that exist the only ones that train; otherwise like `add_tokens`.
 
     Args:
         model: a `transformers` model.
-        tokenizer: its tokenizer; may be `None` where `tokens` are ids.
+        tokenizer: its tokenizer; may be `None` where `tokens` are ids and there is no `init`.
         tokens: tokens of the vocabulary, or ids, in any order.
+        init: `None` keeps the rows as they are. Else they start anew, as new tokens' rows do, from what their
+            texts would be read as if none of these tokens were there: an added token's text as the rest of the
+            tokenizer reads it; a piece of the vocabulary as the pieces that it is made of, one level down. The
+            old rows enter no mean. With `output=False` the head's rows stay as they are. `detach()` gives the
+            old rows back.
         strategy, output, dtype: as in `add_tokens`.
+        seed: of initialisers that draw random numbers.
 
     Raises:
         `PartialEmbeddingError`: tokens that are not in the vocabulary, ids outside of the table, either
-            given twice; arguments that do not fit. Nothing has changed.
+            given twice; rows that start anew, but have no token; arguments that do not fit. Nothing has changed.
     """
+    if init is not None:
+        resolve(init)
     values: Any = tokens.tolist() if isinstance(tokens, Tensor) else tokens
     if isinstance(values, (str, AddedToken)) or not isinstance(values, Iterable):
         raise PartialEmbeddingError(f"tokens must be a list of tokens or of ids, but got {values!r}.")
@@ -149,6 +183,8 @@ def train_tokens(
         if tokenizer is not None:
             texts = existing_tokens(tokenizer, ids)
     rows = {table.name: table.rows(ids) for table in layout.tables if table.has_rows}
+    if init is not None:
+        rows.update(_rows_anew(model, tokenizer, layout, texts, ids, init, output, seed))
     return attach_rows(
         model, tokenizer, layout, tokens=texts, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype
     )
@@ -172,6 +208,30 @@ def _check_in_table(ids: Sequence[int], layout: VocabularyLayout, names: Sequenc
         raise PartialEmbeddingError(
             f"{error} For tokens that the model has no rows for yet, use add_tokens, which grows the table."
         ) from None
+
+
+def _rows_anew(
+    model: Any,
+    tokenizer: Any,
+    layout: VocabularyLayout,
+    tokens: list[AddedToken],
+    ids: list[int],
+    init: str | Initializer,
+    output: str | bool,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Initial rows for tokens that exist, as if they did not."""
+    if not tokens:
+        reason = "there is no tokenizer" if tokenizer is None else "not all of them have a token"
+        raise PartialEmbeddingError(
+            f"Rows {shorten(ids)} have no text to start anew from with init={init!r}: {reason}. Pass the tokenizer "
+            "and ids that have a token, or leave init out, which keeps the rows as they are."
+        )
+    roles = ("input", "extra") if output is False else ("input", "extra", "output", "bias")
+    trained = VocabularyLayout([table for table in layout.tables if table.role in roles])
+    without = tokenizer_without(tokenizer, ids)
+    pieces = pieces_without(tokenizer, without, ids)
+    return initial_values(model, without, trained, tokens, None, init, seed, ids=ids, pieces=pieces)
 
 
 def load_tokens(

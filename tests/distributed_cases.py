@@ -7,6 +7,7 @@ What became of each case is written to `FOLDER/RANK.json`.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
@@ -510,6 +511,43 @@ def rows_inside_a_sharded_table_train(folder: Path) -> None:
         train_tokens(model, tokenizer, [7])
 
 
+def reserved_tokens_are_taken_over_after_sharding(folder: Path) -> None:
+    """No table changes its shape, so new tokens come to a model that is sharded already, or was loaded so."""
+    setting = Setting()
+    reserved = [f"<|reserved_{number}|>" for number in range(3)]
+
+    def start():
+        tokenizer = bpe_tokenizer()
+        size = len(tokenizer)
+        tokenizer.add_tokens(reserved)
+        model = build_model("llama", len(tokenizer), tied=setting.tied).train()
+        with torch.no_grad():
+            model.get_input_embeddings().weight[size:] = 0
+        return model, tokenizer
+
+    expected = add_tokens(*start(), TOKENS, reuse="auto").token_rows()
+    model, tokenizer = start()
+    model.save_pretrained(folder / "base") if RANK == 0 else None
+    dist.barrier()
+    config = DistributedConfig(fsdp_size=WORLD)
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "base", distributed_config=config)
+    for sharded in (sharded_by_fsdp2(model), loaded):
+        words = copy.deepcopy(tokenizer)
+        partial = add_tokens(sharded, words, TOKENS, reuse="auto")
+        assert partial.token_ids == expected.token_ids == [300, 301, 302]
+        assert len(words) == len(tokenizer)
+        assert torch.equal(partial.token_rows().input_rows, expected.input_rows)
+        optimizer = torch.optim.AdamW(partial.parameters(), lr=LR, weight_decay=0.1)
+        for (ids,), _ in batches(setting, 300, partial.token_ids):
+            loss_of(sharded, ids).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        partial.verify()
+        assert (partial.token_rows().input_rows != expected.input_rows).any(1).all()
+    with raises("Add the tokens before the model is sharded"):
+        add_tokens(sharded_by_fsdp2(start()[0]), bpe_tokenizer(), ["<a>", "<b>", "<c>", "<d>"], reuse="auto")
+
+
 def rows_of_another_dtype_have_a_group(folder: Path) -> None:
     """Beside a bfloat16 model that trains too, float32 rows are sharded by themselves."""
     setting = Setting(dtype=torch.bfloat16)
@@ -749,6 +787,7 @@ OTHERS = {
         "bytes-of-saving": no_table_is_gathered_to_look_at_rows,
         "tokens-after-sharding": refuses_tokens_after_sharding,
         "rows-inside": rows_inside_a_sharded_table_train,
+        "reserved": reserved_tokens_are_taken_over_after_sharding,
         "dtypes": rows_of_another_dtype_have_a_group,
         "verify": a_changed_row_is_found_on_every_process,
         "rate": rate_of_old_rows_and_no_chunked_loss,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import json
 
 import pytest
 import torch
@@ -407,6 +409,73 @@ class TestTrainTokens:
         assert (partial.tokenizer, partial.tokens, partial.token_ids) == (None, [], [299, 0, 150])
         train(partial)
         partial.detach()
+        start.assert_as_before()
+
+    def test_rows_start_anew_from_what_their_texts_are_read_as_without_them(self, kind, tied, strategy):
+        start = Start(kind, tied=tied)
+        *_, (left, right) = json.loads(start.tokenizer._tokenizer.to_str())["model"]["merges"]
+        end, word = "</s>", left + right
+        before = table_of(start.model).clone()
+        head = table_of(start.model, "output").clone()
+        partial = train_tokens(start.model, start.tokenizer, [end, word], init="subtoken_mean", strategy=strategy)
+        pieces = [[start.tokenizer.convert_tokens_to_ids(p) for p in parts] for parts in (list("</s>"), [left, right])]
+        rows = partial.token_rows()
+        for row, ids in enumerate(pieces):
+            torch.testing.assert_close(rows.input_rows[row], before[ids].mean(0))
+            if not tied:
+                torch.testing.assert_close(rows.output_rows[row], head[ids].mean(0))
+        others = [i for i in range(len(before)) if i not in partial.token_ids]
+        train(partial)
+        partial.verify()
+        assert partial.expand(partial.token_ids) == partial.token_ids
+        partial.detach()
+        start.assert_as_before()
+        assert torch.equal(table_of(start.model)[others], before[others])
+
+    @pytest.mark.parametrize("family", TOKENIZERS)
+    @pytest.mark.parametrize("init", ["mean", "positional", "multivariate_normal"])
+    def test_rows_start_anew_with_every_kind_of_tokenizer(self, family, init):
+        start = Start(tokenizer=TOKENIZERS[family](), vocab=300)
+        ids = [3, 30, 40, 50, 60]
+        before = table_of(start.model)[ids].clone()
+        partial = train_tokens(start.model, start.tokenizer, ids, init=init)
+        again = train_tokens(build_model("llama", 300), copy.deepcopy(start.tokenizer), ids, init=init)
+        assert torch.equal(partial.token_rows().input_rows, again.token_rows().input_rows)
+        assert (partial.token_rows().input_rows != before).any(1).all()
+        partial.detach()
+        start.assert_as_before()
+
+    def test_the_row_that_starts_anew_enters_no_mean(self):
+        start = Start()
+        with torch.no_grad():
+            table_of(start.model)[3] = 1e6
+        start.remember()
+        partial = train_tokens(start.model, start.tokenizer, ["</s>"], init="mean")
+        assert partial.token_rows().input_rows.abs().max() < 1
+        partial.detach()
+        start.assert_as_before()
+
+    def test_head_rows_that_do_not_train_do_not_start_anew(self, strategy):
+        start = Start(tied=False)
+        head = table_of(start.model, "output").clone()
+        partial = train_tokens(
+            start.model, start.tokenizer, ["</s>"], init="subtoken_mean", output=False, strategy=strategy
+        )
+        assert torch.equal(table_of(partial.model, "output"), head)
+        assert torch.equal(partial.token_rows().output_rows, head[3:4])
+
+    @pytest.mark.parametrize(
+        ("tokens", "options", "message"),
+        [
+            (["</s>"], {"init": "magic"}, "init='magic' is no initialiser"),
+            ([305, 5], {"init": "mean"}, "Rows 305, 5 have no text to start anew from"),
+            ([5], {"init": "mean", "tokenizer": None}, "there is no tokenizer"),
+        ],
+    )
+    def test_rows_that_cannot_start_anew_change_nothing(self, tokens, options, message):
+        start = Start(vocab=310)
+        tokenizer = options.get("tokenizer", start.tokenizer)
+        assert message in error_of(train_tokens, start.model, tokenizer, tokens, init=options["init"])
         start.assert_as_before()
 
     def test_tokenizer_keeps_its_tokens_when_the_rows_are_taken_off(self):

@@ -10,7 +10,7 @@ One file, since putting on and taking off are two directions of one way, and sha
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from .steps import (
     HideRows,
     Mask,
     OpenScope,
+    RenameTokens,
     SetAttribute,
     Split,
     Step,
@@ -76,6 +77,7 @@ class Attachment:
         pieces: for each token the ids of what its text was read as before it was added; `None` where the tokens
             were there already.
         entries: for each token the piece of the vocabulary that it is; `None` for an added token.
+        reuse: for each token that takes over another one the text of that, by its own.
         trainable: whether they train at first.
     """
 
@@ -92,6 +94,7 @@ class Attachment:
         dtype: torch.dtype | None,
         pieces: Sequence[Sequence[int]] | None = None,
         entries: Sequence[Piece | None] | None = None,
+        reuse: Mapping[str, str] | None = None,
         trainable: bool = True,
     ) -> None:
         self.model = model
@@ -103,6 +106,7 @@ class Attachment:
         self.dtype = dtype
         self.pieces = None if pieces is None else [list(ids) for ids in pieces]
         self.entries = list(entries or [None] * len(self.tokens))
+        self.reuse = dict(reuse or {})
         self.trainable = trainable
         self.rows: dict[str, Any] = dict(rows)
         self.ids: list[int] = []
@@ -195,6 +199,9 @@ class Attachment:
     def _give_ids(self) -> list[int]:
         if self.fixed_ids is not None:
             return self.fixed_ids
+        if self.reuse:
+            taken = {self.reuse[token.content]: token for token in self.tokens if token.content in self.reuse}
+            self._do(RenameTokens(self.tokenizer, taken))
         ids = {
             token.content: known_id(self.tokenizer, token.content)
             if piece is None

@@ -571,12 +571,13 @@ def attach_rows(
     ids: Sequence[int] | None = None,
     pieces: Sequence[Sequence[int]] | None = None,
     entries: Sequence[Piece | None] | None = None,
+    reuse: Mapping[str, str] | None = None,
     trainable: bool = True,
 ) -> PartialEmbedding:
     """Put a set of rows on a model; see `Attachment`."""
     attachment = Attachment(
         model, tokenizer, tokens=tokens, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype,
-        pieces=pieces, entries=entries, trainable=trainable,
+        pieces=pieces, entries=entries, reuse=reuse, trainable=trainable,
     )  # fmt: skip
     partial = PartialEmbedding(attachment)
     attachment.apply(layout)

@@ -23,6 +23,7 @@ from ..modules.splitting import next_row_name, split_module, unsplit_module
 from ..tokens.added import add_to_tokenizer, remove_from_tokenizer
 from ..tokens.entering import enter_pieces, places, take_back
 from ..tokens.pieces import Piece
+from ..tokens.reserved import Renaming
 
 __all__ = [
     "SCOPE",
@@ -32,6 +33,7 @@ __all__ = [
     "HideRows",
     "Mask",
     "OpenScope",
+    "RenameTokens",
     "SetAttribute",
     "Split",
     "Step",
@@ -99,6 +101,21 @@ class EnterPieces:
         if self.begun:
             take_back(self.tokenizer, self.pieces, self.pins)
             self.begun = False
+
+
+class RenameTokens:
+    """Give tokens of the tokenizer other names: they are taken over."""
+
+    lasts = True
+
+    def __init__(self, tokenizer: Any, names: dict[str, AddedToken]) -> None:
+        self.renaming = Renaming(tokenizer, names)
+
+    def do(self) -> None:
+        self.renaming.do()
+
+    def undo(self) -> None:
+        self.renaming.undo()
 
 
 class WriteRows:

@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import PartialEmbeddingError, visible
+from .audit import add_audit
 from .choose import add_choose
 from .compare import add_verify
 from .convert import add_convert
@@ -40,7 +41,8 @@ exit status:
 
 # In the order in which the help lists them.
 _COMMANDS = (
-    add_info, add_choose, add_add, add_merge, add_evaluate, add_verify, add_convert, add_neighbours,
+    add_info, add_choose, add_add, add_merge, add_evaluate, add_verify, add_convert,
+    add_neighbours, add_audit,
 )  # fmt: skip
 
 

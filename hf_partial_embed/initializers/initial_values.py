@@ -1,4 +1,4 @@
-"""Initial rows of every table of a model, for tokens that have not been added yet."""
+"""Initial rows of every table of a model, for tokens that have not been added yet, or start anew."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def new_rows(
     starts: list[str | Tensor] | None,
     init: str | Initializer,
     seed: int,
+    ids: Sequence[int] = (),
 ) -> dict[str, Tensor]:
     """Rows for tokens as they are going to enter: parts, which nobody has described, start at their pieces' mean."""
     size = len(entering.tokens) - entering.num_parts
@@ -35,8 +36,9 @@ def new_rows(
     if any(piece is not None for piece in entering.pieces):
         preview = partial(Preview, tokenizer, entering.tokens, entering.pieces)
     asked = initial_values(
-        model, tokenizer, layout, entering.tokens[:size], starts, init, seed, pieces=pieces[:size], preview=preview
-    )
+        model, tokenizer, layout, entering.tokens[:size], starts, init, seed, pieces=pieces[:size], preview=preview,
+        ids=ids,
+    )  # fmt: skip
     if size == len(entering.tokens):
         return asked
     parts = initial_values(
@@ -56,6 +58,7 @@ def initial_values(
     *,
     pieces: Sequence[Sequence[int]] | None = None,
     preview: Callable[[], Preview] | None = None,
+    ids: Sequence[int] = (),
 ) -> dict[str, Tensor]:
     """Initial rows, `[K, ...]`, of each table by its name; model and tokenizer are not changed.
 
@@ -66,6 +69,7 @@ def initial_values(
         init, seed: as in `add_tokens`.
         pieces: for each token the ids of what its text is read as now, where they are known; else it is read.
         preview: the tokenizer as it is going to be, where tokens become pieces of its vocabulary.
+        ids: rows that the tokens will take, where these exist: what stands there is no trained row.
     """
     texts = [token.content for token in tokens]
     given: list[Any] = starts or [None] * len(texts)
@@ -75,11 +79,13 @@ def initial_values(
                 f"Token {text!r} starts from {start!r}: give a description (str) or its row (a tensor)."
             )
     sources = [start if isinstance(start, str) else text for text, start in zip(texts, given, strict=True)]
-    all_pieces = encode_all(tokenizer, sources)
-    if pieces is not None:
+    if pieces is None:
+        all_pieces = encode_all(tokenizer, sources)
+    else:
+        read = iter(encode_all(tokenizer, [start for start in given if isinstance(start, str)]))
         all_pieces = [
-            read if isinstance(start, str) else [token_id for token_id in ids if token_id != tokenizer.unk_token_id]
-            for start, read, ids in zip(given, all_pieces, pieces, strict=True)
+            next(read) if isinstance(start, str) else [piece for piece in known if piece != tokenizer.unk_token_id]
+            for start, known in zip(given, pieces, strict=True)
         ]
     rows = {}
     memo: dict[str, Any] = {}
@@ -111,6 +117,7 @@ def initial_values(
             tokenizer=tokenizer,
             generator=torch.Generator().manual_seed(seed),
             memo=memo,
+            untrained=ids,
         )
         values = initial_rows(init, request)
         described = [row for row, start in enumerate(given) if isinstance(start, str)]

@@ -35,6 +35,7 @@ class InitRequest:
             vocabulary; else `None`.
         memo: shared by the calls for all tables within one `add_tokens`, for costly results that serve several of them
             (texts that a model has generated).
+        untrained: ids of rows of the table that the tokens will take: they enter no mean.
     """
 
     table: Tensor
@@ -48,13 +49,16 @@ class InitRequest:
     described: Sequence[bool] = ()
     preview: Callable[[], Preview] | None = None
     memo: dict[str, Any] = field(default_factory=dict)
+    untrained: Sequence[int] = ()
 
     @cached_property
     def trained_rows(self) -> Tensor:
         """Bool `[V]`: rows that belong to a token. Spare rows, rows in gaps between ids and the padding row have not
         been trained, and should not enter a mean.
         """
-        return trained_mask(len(self.table), self.tokenizer, self.padding)
+        trained = trained_mask(len(self.table), self.tokenizer, self.padding)
+        trained[[token_id for token_id in self.untrained if token_id < len(trained)]] = False
+        return trained
 
     def previewed(self) -> Preview | None:
         """The tokenizer as it is going to be, made once; `None` where no token becomes a piece of the vocabulary."""

@@ -18,6 +18,7 @@ from .vocabulary import check_unicode, encode_all, known_id, read_all
 __all__ = [
     "TOKEN_FLAGS",
     "add_to_tokenizer",
+    "check_found",
     "check_new",
     "existing_tokens",
     "normalize_tokens",
@@ -208,7 +209,7 @@ def add_to_tokenizer(
             copies = [token_from_dict(token_to_dict(token)) for token in run]
             tokenizer.add_tokens(copies, special_tokens=special)
         ids = {token.content: _new_id(tokenizer, token.content, taken, places or {}) for token in tokens}
-        _check_found(tokenizer, {**found, **ids}, tokens)
+        check_found(tokenizer, {**found, **ids}, tokens)
     except BaseException:
         came = set(tokenizer.get_added_vocab()) - set(earlier)
         tokenizer.__dict__.update(state)
@@ -235,7 +236,7 @@ def _new_id(tokenizer: Any, text: str, taken: set[int], places: Mapping[str, int
     return token_id
 
 
-def _check_found(tokenizer: Any, ids: dict[str, int], new: Sequence[AddedToken]) -> None:
+def check_found(tokenizer: Any, ids: dict[str, int], new: Sequence[AddedToken]) -> None:
     """Check that the tokenizer finds each token in the token's own text."""
     texts = {token_id: text for text, token_id in ids.items()}
     normalized = {token.content: token.normalized for token in new}
