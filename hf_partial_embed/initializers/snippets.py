@@ -14,7 +14,7 @@ from ..tokens.vocabulary import encode_all
 from .registry import InitRequest
 from .running import undisturbed
 
-__all__ = ["PROMPTS", "Snippet", "generate_texts", "snippets_of", "texts_for"]
+__all__ = ["PROMPTS", "Snippet", "exchanged_snippets", "generate_texts", "snippets_of", "texts_for"]
 
 # Beginnings of the texts that a model writes about a token, if none are given.
 PROMPTS = ("This text is about {token}", "What is {token}?", "They said that {token}", "In short, {token}")
@@ -56,35 +56,72 @@ def snippets_of(request: InitRequest, texts: Sequence[str], *, context: int, lim
     Raises:
         `PartialEmbeddingError`: no text has one of the tokens, or something behind it.
     """
+    snippets = _cut(request, _occurrences(request, texts, context, limit), context)
+    missing = sorted(set(range(len(request.tokens))) - {snippet.token for snippet in snippets})
+    if missing:
+        raise PartialEmbeddingError(
+            f"No text has {shorten([request.tokens[index] for index in missing])} with something before and behind "
+            "it. Give texts in which each token occurs, written as the token is (with its leading space, if it has "
+            "one), or use init='subtoken_mean'."
+        )
+    return snippets
+
+
+def exchanged_snippets(
+    request: InitRequest, texts: Sequence[str], *, context: int, limit: int, count: int
+) -> list[Snippet]:
+    """Snippets in which a token stands where the texts have another of the new tokens.
+
+    What is said there need not be true of it: the model tells from the token's pieces what it would expect
+    behind them, and so the same texts ask about a token in many more ways than they speak of it.
+
+    Args:
+        request: whose tokens, tokenizer and random numbers.
+        texts: any texts.
+        context: number of ids before and after the token, at most.
+        limit: number of places of each token that are made use of, at most.
+        count: number of snippets for each token, at most; none where there is no other token.
+    """
+    places = _occurrences(request, texts, context, limit)
+    made: list[_Occurrence] = []
+    for token, text in enumerate(request.tokens):
+        others = [place for place in places if place[0] != token]
+        order = torch.randperm(len(others), generator=request.generator)[:count].tolist()
+        made += [(token, before, text, after) for _, before, _, after in map(others.__getitem__, order)]
+    return _cut(request, made, context)
+
+
+# Which token, what is before it, its text, what is behind it.
+_Occurrence = tuple[int, str, str, str]
+
+
+def _occurrences(request: InitRequest, texts: Sequence[str], context: int, limit: int) -> list[_Occurrence]:
     tokens = list(request.tokens)
     # A tokenizer finds the longest added token that begins at a place.
     pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
-    found: dict[int, list[tuple[str, str, str]]] = {index: [] for index in range(len(tokens))}
+    number = {token: index for index, token in enumerate(tokens)}
+    found: list[list[_Occurrence]] = [[] for _ in tokens]
     reach = context * _CHARACTERS
     for text in texts:
         for match in pattern.finditer(text):
-            occurrences = found[tokens.index(match.group())]
-            if len(occurrences) < limit:
+            index = number[match.group()]
+            if len(found[index]) < limit:
                 before = text[max(0, match.start() - reach) : match.start()]
-                occurrences.append((before, match.group(), text[match.end() : match.end() + reach]))
-    flat = [(token, *parts) for token, occurrences in found.items() for parts in occurrences]
-    befores = encode_all(request.tokenizer, [before for _, before, _, _ in flat], unknown=True)
-    afters = encode_all(request.tokenizer, [after for _, _, _, after in flat], unknown=True)
-    wholes = encode_all(request.tokenizer, ["".join(parts) for _, *parts in flat], unknown=True)
+                found[index].append((index, before, match.group(), text[match.end() : match.end() + reach]))
+    return [occurrence for occurrences in found for occurrence in occurrences]
+
+
+def _cut(request: InitRequest, occurrences: Sequence[_Occurrence], context: int) -> list[Snippet]:
+    """Snippets of occurrences; those with nothing around the token are left out."""
+    befores = encode_all(request.tokenizer, [before for _, before, _, _ in occurrences], unknown=True)
+    afters = encode_all(request.tokenizer, [after for _, _, _, after in occurrences], unknown=True)
+    wholes = encode_all(request.tokenizer, ["".join(parts) for _, *parts in occurrences], unknown=True)
     opening = _opening(request.tokenizer)
-    snippets = []
-    for entry, lead, tail, whole in zip(flat, befores, afters, wholes, strict=True):
-        snippet = _align(entry[0], opening, lead, tail, whole, context)
-        if snippet is not None:
-            snippets.append(snippet)
-    missing = sorted(set(range(len(tokens))) - {snippet.token for snippet in snippets})
-    if missing:
-        raise PartialEmbeddingError(
-            f"No text has {shorten([tokens[index] for index in missing])} with something before and behind it. Give "
-            "texts in which each token occurs, written as the token is (with its leading space, if it has one), or "
-            "use init='subtoken_mean'."
-        )
-    return snippets
+    snippets = (
+        _align(token, opening, lead, tail, whole, context)
+        for (token, *_), lead, tail, whole in zip(occurrences, befores, afters, wholes, strict=True)
+    )
+    return [snippet for snippet in snippets if snippet is not None]
 
 
 def _align(
