@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .api import add_tokens, load_tokens, train_tokens
     from .attachment.partial import PartialEmbedding, TokenRows
     from .errors import FrozenRowsChangedError, PartialEmbeddingError
+    from .evaluation.evaluate import evaluate
     from .files.checkpoints import verify_checkpoint
     from .modules.embedding import SplitEmbedding
     from .modules.linear import SplitLinear
@@ -32,6 +33,7 @@ __all__ = [
     "SplitLinear",
     "TokenRows",
     "add_tokens",
+    "evaluate",
     "linear_cross_entropy",
     "load_tokens",
     "mask_gradients",
@@ -46,6 +48,7 @@ __getattr__, __dir__ = lazy_names(
         "add_tokens": "api",
         "load_tokens": "api",
         "train_tokens": "api",
+        "evaluate": "evaluation.evaluate",
         "PartialEmbedding": "attachment.partial",
         "TokenRows": "attachment.partial",
         "PartialEmbeddingCallback": "training.callback",

@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first asked for."""
+"""What is imported when it is first asked for: names of a package, a function behind a method."""
 
 from __future__ import annotations
 
@@ -6,7 +6,23 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["lazy_names"]
+__all__ = ["lazy_function", "lazy_names"]
+
+
+def lazy_function(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module of this package that is imported when it is called.
+
+    For a method whose work is that of a wing above its class: the class names it, and imports nothing from there.
+
+    Args:
+        module: the module below this package, such as `evaluation.evaluate`.
+        name: the function's.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(f".{module}", __package__), name)(*args, **kwargs)
+
+    return call
 
 
 def lazy_names(package: str, modules: dict[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:

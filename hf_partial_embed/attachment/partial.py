@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ..errors import PartialEmbeddingError, count, shorten
 from ..files.hub import locate_rows, merged_card, rows_card, upload, write_card
 from ..files.rows_file import ROWS_FILE, read_rows, write_rows
 from ..layout.tables import Table, VocabularyLayout, find_layout, model_name, row_keys
+from ..lazy import lazy_function
 from ..modules.splitting import check_ids
 from ..tokens.added import check_new, normalize_tokens, token_from_dict, token_to_dict
 from ..tokens.vocabulary import display_names, encode_all, known_id, plain_tokenizer
@@ -32,6 +33,8 @@ from .options import ROW_DTYPES, check_options
 __all__ = ["PartialEmbedding", "TokenRows", "attach_rows"]
 
 logger = logging.getLogger(__name__)
+
+_evaluate_live = lazy_function("evaluation.evaluate", "evaluate_live")  # a wing above this one
 
 
 class PartialEmbedding:
@@ -78,6 +81,36 @@ class PartialEmbedding:
             return list(ids)
         made_of = dict(zip(self._attachment.ids, pieces, strict=True))
         return [piece for token_id in ids for piece in made_of.get(token_id, (token_id,))]
+
+    def evaluate(
+        self,
+        texts: Iterable[str],
+        *,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        stride: int | None = None,
+        timed_texts: int = 0,
+        progress: bool = True,
+    ) -> Any:
+        """Compare the model with what it was before the tokens were added, on texts; from this one live model.
+
+        The original tokenisation with the new tokens' outputs left out of the softmax is the base model, bit for
+        bit, so nothing else has to be loaded. Model and tokenizer are as they were afterwards.
+
+        Args:
+            texts: any number of texts, with new tokens and without, none of which should have been trained on.
+            batch_size, max_length, stride, timed_texts, progress: as in `hf_partial_embed.evaluate`, which says how
+                texts are scored.
+
+        Returns:
+            `EvaluationReport`: `print` it, or see `to_dict()`.
+
+        Raises:
+            `PartialEmbeddingError`: there is no text; the tokens were there before; a tokenizer without a fast
+                backend; log-probabilities that are not finite.
+        """
+        options = {"max_length": max_length, "stride": stride, "timed_texts": timed_texts, "progress": progress}
+        return _evaluate_live(self, texts, batch_size=batch_size, **options)
 
     @property
     def strategy(self) -> str:

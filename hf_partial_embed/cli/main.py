@@ -14,6 +14,7 @@ from .. import __version__
 from ..errors import PartialEmbeddingError, visible
 from .compare import add_verify
 from .convert import add_convert
+from .evaluate import add_evaluate
 from .output import BAD_INPUT, CRASHED, INTERRUPTED, OK, VisibleFormatter, silence
 from .prepare import add_add, add_merge
 from .show import add_info, add_neighbours
@@ -37,7 +38,7 @@ exit status:
 
 
 # In the order in which the help lists them.
-_COMMANDS = (add_info, add_add, add_merge, add_verify, add_convert, add_neighbours)
+_COMMANDS = (add_info, add_add, add_merge, add_verify, add_evaluate, add_convert, add_neighbours)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""How good rows are: neighbours, leak, pictures."""
+"""How good rows are: before and after on texts, neighbours, leak, pictures."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .neighbours import nearest_rows
-    from .plot import plot_rows
+    from .plot import plot_report, plot_rows
+    from .report import EvaluationReport
 
-__all__ = ["nearest_rows", "plot_rows"]
+__all__ = ["EvaluationReport", "nearest_rows", "plot_report", "plot_rows"]
 
-__getattr__, __dir__ = lazy_names(__name__, {"nearest_rows": "neighbours", "plot_rows": "plot"})
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {"EvaluationReport": "report", "nearest_rows": "neighbours", "plot_report": "plot", "plot_rows": "plot"},
+)

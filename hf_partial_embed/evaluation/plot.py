@@ -1,4 +1,4 @@
-"""One picture of what token rows have learned: loss, norms and neighbours. Needs the extra `plot`."""
+"""Pictures: what token rows have learned (loss, norms, neighbours), and an evaluation. They need the extra `plot`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from ..attachment.partial import PartialEmbedding
 from ..errors import PartialEmbeddingError
 from ..optional import need
 from .neighbours import name_tokens, nearest_rows
+from .report import EvaluationReport, TokenResult
 
-__all__ = ["plot_rows"]
+__all__ = ["plot_report", "plot_rows"]
 
 _MOST_TOKENS = 24
 _CURVES = {"loss": ("training loss", "tab:blue"), "eval_loss": ("held-out loss", "tab:orange")}
@@ -132,3 +133,90 @@ def _drawable(text: str, limit: int = 18) -> str:
         for char in text
     )
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+_PARTS = (
+    ("whole text", "bits_per_byte"),
+    ("new tokens", "bits_per_byte_new"),
+    ("what follows", "bits_per_byte_following"),
+)
+_BEFORE, _AFTER = "#8a8f98", "tab:blue"
+
+
+def plot_report(report: EvaluationReport, *, path: str | os.PathLike[str] | None = None) -> Any:
+    """Draw an evaluation: bits per byte before and after, the measures beside them, and each token's change.
+
+    Args:
+        report: what `evaluate` returned.
+        path: where to save the picture, in the format that its suffix names; not saved if not given.
+
+    Returns:
+        `matplotlib.figure.Figure`. No window is opened.
+
+    Raises:
+        `PartialEmbeddingError`: matplotlib is not installed.
+    """
+    figures = need("matplotlib.figure", "plot", "plot_report")
+    tokens = [result for result in report.per_token if result.change is not None]
+    shown = min(len(tokens), _MOST_TOKENS)
+    figure = figures.Figure(figsize=(13, max(4.2, 1.6 + 0.24 * shown)), layout="constrained")
+    bars, measures, changes = figure.subplots(1, 3, width_ratios=[1.1, 0.9, 1.2])
+    _draw_bits(bars, report)
+    _draw_measures(measures, report)
+    _draw_changes(changes, tokens)
+    if path is not None:
+        figure.savefig(path, dpi=120)
+    return figure
+
+
+def _draw_bits(axes: Any, report: EvaluationReport) -> None:
+    axes.set_title("Bits per byte")
+    parts = [(name, value) for name, key in _PARTS if (value := getattr(report, key)).after is not None]
+    if not parts:
+        _say(axes, "not measured")
+        return
+    for shift, side, color in ((-0.2, "before", _BEFORE), (0.2, "after", _AFTER)):
+        heights = [getattr(value, side) or 0.0 for _, value in parts]
+        label = "original tokenisation" if side == "before" else "with the new tokens"
+        places = [number + shift for number in range(len(parts))]
+        drawn = axes.bar(places, heights, 0.38, color=color, label=label)
+        axes.bar_label(drawn, fmt="%.3f", fontsize=8, padding=2)
+    axes.set_xticks(range(len(parts)), [name for name, _ in parts])
+    axes.set_ylim(0, 1.25 * max(max(value.before or 0.0, value.after or 0.0) for _, value in parts))
+    axes.legend(loc="upper right", fontsize=8)
+
+
+def _draw_measures(axes: Any, report: EvaluationReport) -> None:
+    axes.set_title("Before, after, change")
+    axes.set_axis_off()
+    lines = [line for line in report.lines() if any(cell not in ("", "-") for cell in line[1:])]
+    axes.set_xlim(0, 1)
+    axes.set_ylim(len(lines), -0.8)
+    for row, (name, before, after, change) in enumerate(lines):
+        axes.text(0.0, row, name, va="center", fontsize=8.5)
+        for place, cell in ((0.66, before), (0.84, after), (1.03, change)):
+            axes.text(place, row, cell, va="center", ha="right", fontsize=8.5)
+
+
+def _draw_changes(axes: Any, tokens: Sequence[TokenResult]) -> None:
+    axes.set_title("Cost of an occurrence, in nats")
+    if not tokens:
+        _say(axes, "no new token occurs in the texts")
+        return
+    shown = tokens[:_MOST_TOKENS]
+    values = [result.change or 0.0 for result in shown]
+    axes.barh(range(len(shown)), values, color=["tab:red" if value > 0 else _AFTER for value in values])
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(shown)))
+    labels = axes.set_yticklabels([f"{_drawable(result.token)} ×{result.count}" for result in shown], fontsize=8.5)
+    for label in labels:
+        label.set_parse_math(False)
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.set_xlabel("surprise after - before, up to the next new token")
+    if len(tokens) > len(shown):
+        axes.text(1, 0, f"and {len(tokens) - len(shown)} more", ha="right", va="bottom", transform=axes.transAxes)
+
+
+def _say(axes: Any, text: str) -> None:
+    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color="gray")
+    axes.set_axis_off()

@@ -1,0 +1,142 @@
+"""Texts as a tokenizer reads them, or read them before it knew some tokens: ids, and the characters of each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer
+
+from ..errors import PartialEmbeddingError
+
+__all__ = ["Reading", "TextReader"]
+
+
+class Reading(NamedTuple):
+    """The `n` tokens of a text; together their spans are the whole of it.
+
+    Attributes:
+        ids: ids.
+        starts, ends: first character, and the one behind the last. Each token starts where the one before it ends:
+            what a normaliser drops belongs to the token behind it, and of several tokens that make one character
+            the first has it, the others are empty.
+        clean: whether the token begins with a character, and not in the middle of one.
+    """
+
+    ids: list[int]
+    starts: list[int]
+    ends: list[int]
+    clean: list[bool]
+
+
+class TextReader:
+    """Reads texts by a copy of a tokenizer's backend: without special tokens around them, truncation and padding.
+
+    The tokenizer itself is not touched. With `hidden` ids the copy reads as a tokenizer that has no such tokens,
+    in whatever way they entered it: as added tokens, or as pieces with merges.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        hidden: ids of the tokens that are not to be found in a text.
+
+    Raises:
+        `PartialEmbeddingError`: the tokenizer has no fast backend, or one that cannot be copied.
+    """
+
+    def __init__(self, tokenizer: Any, hidden: Collection[int] = ()) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise PartialEmbeddingError(
+                f"{type(tokenizer).__name__} has no fast backend, which says what characters a token stands for. Load "
+                "the tokenizer with AutoTokenizer.from_pretrained(..., use_fast=True)."
+            )
+        self._backend = _copy(tokenizer._tokenizer, set(hidden), type(tokenizer).__name__)
+
+    def ids(self, text: str) -> list[int]:
+        """Ids of a text."""
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def read(self, texts: Sequence[str]) -> list[Reading]:
+        """Ids and spans of each text."""
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            _reading(encoding.ids, encoding.offsets, len(text))
+            for encoding, text in zip(encodings, texts, strict=True)
+        ]
+
+
+def _reading(ids: list[int], offsets: list[tuple[int, int]], length: int) -> Reading:
+    starts, ends, clean, reached = [], [], [], 0
+    for start, end in offsets:
+        starts.append(reached)
+        clean.append(start >= reached)
+        reached = max(reached, end)
+        ends.append(reached)
+    if ends:
+        ends[-1] = length
+    return Reading(list(ids), starts, ends, clean)
+
+
+def _copy(backend: Any, hidden: set[int], name: str) -> Tokenizer:
+    """A backend of one's own, in which hidden tokens have names that no text contains.
+
+    They are renamed, not left out: what stands behind a gap would be given another id when it is loaded.
+    """
+    state, parts = _state(backend)
+    state.update(truncation=None, padding=None, post_processor=None)  # the last would trim spaces off the spans
+    names = {token_id: f"\uffff{token_id}\uffff" for token_id in hidden}
+    for token in state["added_tokens"]:
+        if token["id"] in hidden:
+            token.update(
+                content=names[token["id"]], special=True, normalized=False, lstrip=False, rstrip=False,
+                single_word=False,
+            )  # fmt: skip
+    if names:
+        _hide_in_model(state["model"], names)
+    copy = Tokenizer.from_str(json.dumps(state, ensure_ascii=False))
+    for part, value in parts.items():
+        setattr(copy, part, value)
+    copy.encode_special_tokens = backend.encode_special_tokens
+    then = {i: token.content for i, token in backend.get_added_tokens_decoder().items() if i not in hidden}
+    now = {i: token.content for i, token in copy.get_added_tokens_decoder().items() if i not in hidden}
+    if now != then:
+        raise PartialEmbeddingError(
+            f"A copy of {name}'s backend gives its added tokens other ids, so texts cannot be read as before. Save "
+            "the tokenizer, load it again, and attach the tokens to that one."
+        )
+    return copy
+
+
+def _state(backend: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The backend's state, and those of its parts that are written in Python, which it cannot hold."""
+    try:
+        return json.loads(backend.to_str()), {}
+    except Exception:  # noqa: BLE001  # the kind of error depends on the part
+        parts = {"pre_tokenizer": backend.pre_tokenizer, "decoder": backend.decoder}
+    try:
+        backend.pre_tokenizer = backend.decoder = None
+        return json.loads(backend.to_str()), parts
+    finally:
+        for part, value in parts.items():
+            setattr(backend, part, value)
+
+
+def _hide_in_model(model: dict[str, Any], names: dict[int, str]) -> None:
+    vocab = model.get("vocab")
+    if isinstance(vocab, list):  # Unigram
+        for token_id, name in names.items():
+            if token_id < len(vocab):
+                vocab[token_id][0] = name
+        return
+    if not isinstance(vocab, dict):
+        return
+    gone = {text for text, token_id in vocab.items() if token_id in names}
+    model["vocab"] = {names.get(token_id, text): token_id for text, token_id in vocab.items()}
+    if gone and model.get("merges"):
+        prefix = model.get("continuing_subword_prefix") or ""
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [
+            merge
+            for merge, (left, right) in zip(model["merges"], pairs, strict=True)
+            if gone.isdisjoint((left, right, left + right.removeprefix(prefix)))
+        ]
