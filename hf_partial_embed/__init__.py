@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .modules.linear import SplitLinear
     from .modules.loss import linear_cross_entropy
     from .modules.mask import mask_gradients
+    from .tokens.choosing import choose_tokens
     from .training.callback import PartialEmbeddingCallback
     from .training.chunked_loss import ChunkedLoss
     from .training.frozen_prefix import FrozenPrefix
@@ -33,6 +34,7 @@ __all__ = [
     "SplitLinear",
     "TokenRows",
     "add_tokens",
+    "choose_tokens",
     "evaluate",
     "linear_cross_entropy",
     "load_tokens",
@@ -48,6 +50,7 @@ __getattr__, __dir__ = lazy_names(
         "add_tokens": "api",
         "load_tokens": "api",
         "train_tokens": "api",
+        "choose_tokens": "tokens.choosing",
         "evaluate": "evaluation.evaluate",
         "PartialEmbedding": "attachment.partial",
         "TokenRows": "attachment.partial",
