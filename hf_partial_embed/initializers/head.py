@@ -51,7 +51,8 @@ class CachedHead:
     Regression in Rare Events Data", 2001.
 
     Args:
-        texts: any texts with the tokens in them, written as the tokens are. Without it the model writes some.
+        texts: any texts with the tokens in them, written as the tokens are. Where they have less than `per_token` of
+            a token, the model writes more, if it can generate.
         per_token: number of snippets for each token, at most.
         context: number of ids before and behind the token in a snippet, at most.
         frequency: of each new token among the tokens of running text; in the snippets it does not show.

@@ -138,16 +138,6 @@ class Runner:
             "init='subtoken_mean'."
         )
 
-    def logits(
-        self,
-        sequences: Sequence[Sequence[int]],
-        rows: Tensor | None = None,
-        places: Sequence[tuple[int, int]] = (),
-    ) -> Tensor:
-        """The model's logits over the old vocabulary, `(B, longest, V)`; arguments as for `until`."""
-        logits: Tensor = self._forward(sequences, rows, places).logits
-        return logits
-
     def head(self, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
         """A whole pass.
 

@@ -14,7 +14,7 @@ from ..tokens.vocabulary import encode_all
 from .registry import InitRequest
 from .running import undisturbed
 
-__all__ = ["PROMPTS", "Snippet", "exchanged_snippets", "generate_texts", "snippets_of", "texts_for"]
+__all__ = ["PROMPTS", "Snippet", "generate_texts", "snippets_of", "texts_for"]
 
 # Beginnings of the texts that a model writes about a token, if none are given.
 PROMPTS = ("This text is about {token}", "What is {token}?", "They said that {token}", "In short, {token}")
@@ -56,72 +56,34 @@ def snippets_of(request: InitRequest, texts: Sequence[str], *, context: int, lim
     Raises:
         `PartialEmbeddingError`: no text has one of the tokens, or something behind it.
     """
-    snippets = _cut(request, _occurrences(request, texts, context, limit), context)
-    missing = sorted(set(range(len(request.tokens))) - {snippet.token for snippet in snippets})
-    if missing:
-        raise PartialEmbeddingError(
-            f"No text has {shorten([request.tokens[index] for index in missing])} with something before and behind "
-            "it. Give texts in which each token occurs, written as the token is (with its leading space, if it has "
-            "one), or use init='subtoken_mean'."
-        )
-    return snippets
-
-
-def exchanged_snippets(
-    request: InitRequest, texts: Sequence[str], *, context: int, limit: int, count: int
-) -> list[Snippet]:
-    """Snippets in which a token stands where the texts have another of the new tokens.
-
-    What is said there need not be true of it: the model tells from the token's pieces what it would expect
-    behind them, and so the same texts ask about a token in many more ways than they speak of it.
-
-    Args:
-        request: whose tokens, tokenizer and random numbers.
-        texts: any texts.
-        context: number of ids before and after the token, at most.
-        limit: number of places of each token that are made use of, at most.
-        count: number of snippets for each token, at most; none where there is no other token.
-    """
-    places = _occurrences(request, texts, context, limit)
-    made: list[_Occurrence] = []
-    for token, text in enumerate(request.tokens):
-        others = [place for place in places if place[0] != token]
-        order = torch.randperm(len(others), generator=request.generator)[:count].tolist()
-        made += [(token, before, text, after) for _, before, _, after in map(others.__getitem__, order)]
-    return _cut(request, made, context)
-
-
-# Which token, what is before it, its text, what is behind it.
-_Occurrence = tuple[int, str, str, str]
-
-
-def _occurrences(request: InitRequest, texts: Sequence[str], context: int, limit: int) -> list[_Occurrence]:
     tokens = list(request.tokens)
-    # A tokenizer finds the longest added token that begins at a place.
-    pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
-    number = {token: index for index, token in enumerate(tokens)}
-    found: list[list[_Occurrence]] = [[] for _ in tokens]
+    pattern = _pattern(tokens)
+    found: dict[int, list[tuple[str, str, str]]] = {index: [] for index in range(len(tokens))}
     reach = context * _CHARACTERS
     for text in texts:
         for match in pattern.finditer(text):
-            index = number[match.group()]
-            if len(found[index]) < limit:
+            occurrences = found[tokens.index(match.group())]
+            if len(occurrences) < limit:
                 before = text[max(0, match.start() - reach) : match.start()]
-                found[index].append((index, before, match.group(), text[match.end() : match.end() + reach]))
-    return [occurrence for occurrences in found for occurrence in occurrences]
-
-
-def _cut(request: InitRequest, occurrences: Sequence[_Occurrence], context: int) -> list[Snippet]:
-    """Snippets of occurrences; those with nothing around the token are left out."""
-    befores = encode_all(request.tokenizer, [before for _, before, _, _ in occurrences], unknown=True)
-    afters = encode_all(request.tokenizer, [after for _, _, _, after in occurrences], unknown=True)
-    wholes = encode_all(request.tokenizer, ["".join(parts) for _, *parts in occurrences], unknown=True)
+                occurrences.append((before, match.group(), text[match.end() : match.end() + reach]))
+    flat = [(token, *parts) for token, occurrences in found.items() for parts in occurrences]
+    befores = encode_all(request.tokenizer, [before for _, before, _, _ in flat], unknown=True)
+    afters = encode_all(request.tokenizer, [after for _, _, _, after in flat], unknown=True)
+    wholes = encode_all(request.tokenizer, ["".join(parts) for _, *parts in flat], unknown=True)
     opening = _opening(request.tokenizer)
-    snippets = (
-        _align(token, opening, lead, tail, whole, context)
-        for (token, *_), lead, tail, whole in zip(occurrences, befores, afters, wholes, strict=True)
-    )
-    return [snippet for snippet in snippets if snippet is not None]
+    snippets = []
+    for entry, lead, tail, whole in zip(flat, befores, afters, wholes, strict=True):
+        snippet = _align(entry[0], opening, lead, tail, whole, context)
+        if snippet is not None:
+            snippets.append(snippet)
+    missing = sorted(set(range(len(tokens))) - {snippet.token for snippet in snippets})
+    if missing:
+        raise PartialEmbeddingError(
+            f"No text has {shorten([tokens[index] for index in missing])} with something before and behind it. Give "
+            "texts in which each token occurs, written as the token is (with its leading space, if it has one), or "
+            "use init='subtoken_mean'."
+        )
+    return snippets
 
 
 def _align(
@@ -169,37 +131,62 @@ def _opening(tokenizer: Any) -> list[int]:
 def texts_for(
     request: InitRequest, texts: Sequence[str] | None, *, prompts: Sequence[str], per_token: int, length: int
 ) -> Sequence[str]:
-    """The texts that were given; else generated ones, the same for all tables of a model."""
-    if texts is not None:
-        return texts
-    key = repr(("texts", tuple(prompts), per_token, length))
+    """The texts that were given, and generated ones for the tokens that have less than `per_token` in them; the
+    same for all tables of a model.
+
+    Raises:
+        `PartialEmbeddingError`: there are no texts, and the model cannot generate.
+    """
+    given = list(texts or ())
+    lacking = [max(0, per_token - number) for number in _count(request, given)]
+    if not any(lacking) or (given and not _can_generate(request.model)):
+        return given
+    key = repr(("texts", tuple(prompts), lacking, length))
     if key not in request.memo:
         with undisturbed(request.model):
-            request.memo[key] = generate_texts(request, prompts=prompts, per_token=per_token, length=length)
+            request.memo[key] = generate_texts(request, prompts=prompts, numbers=lacking, length=length)
     generated: list[str] = request.memo[key]
-    return generated
+    return [*given, *generated]
 
 
-def generate_texts(request: InitRequest, *, prompts: Sequence[str], per_token: int, length: int) -> list[str]:
+def _count(request: InitRequest, texts: Sequence[str]) -> list[int]:
+    """How often each token's text is in texts."""
+    numbers = dict.fromkeys(request.tokens, 0)
+    for text in texts:
+        for match in _pattern(request.tokens).finditer(text):
+            numbers[match.group()] += 1
+    return list(numbers.values())
+
+
+def _pattern(tokens: Sequence[str]) -> re.Pattern[str]:
+    # A tokenizer finds the longest added token that begins at a place.
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+
+
+def _can_generate(model: Any) -> bool:
+    return hasattr(model, "generate") and bool(getattr(model, "can_generate", lambda: False)())
+
+
+def generate_texts(request: InitRequest, *, prompts: Sequence[str], numbers: Sequence[int], length: int) -> list[str]:
     """Texts about the new tokens by the model itself, which reads them in their pieces.
 
     Args:
         request: whose model, tokenizer, tokens and random numbers.
         prompts: beginnings of texts, with `{token}` in it.
-        per_token: number of texts for each token.
+        numbers: of texts, for each token.
         length: of each text, in tokens.
 
     Raises:
         `PartialEmbeddingError`: the model cannot generate.
     """
     model, tokenizer = request.model, request.tokenizer
-    if not hasattr(model, "generate") or not getattr(model, "can_generate", lambda: False)():
+    if not _can_generate(model):
         raise PartialEmbeddingError(
             f"{type(model).__name__} cannot generate texts. Give some: init=Distill(texts=[...])."
         )
     beginnings = []
-    for token in request.tokens:
-        for number in range(per_token):
+    for token, wanted in zip(request.tokens, numbers, strict=True):
+        for number in range(wanted):
             prompt = prompts[number % len(prompts)]
             # "about {token}" takes the space from the token, if that brings its own.
             glued = prompt.replace(" {token}", "{token}") if token[:1].isspace() else prompt

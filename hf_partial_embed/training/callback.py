@@ -24,6 +24,7 @@ from .frozen_prefix import FrozenPrefix
 from .optimizers import (
     ExactRows,
     OwnGroup,
+    SharedStep,
     auto_learning_rate,
     check_in_optimizer,
     flattened_groups,
@@ -59,6 +60,9 @@ class PartialEmbeddingCallback(TrainerCallback):
             less memory. Evaluation has its logits as always.
         frozen_prefix (`bool`): whether to build no graph for what comes before the first new token of a batch, where
             all but the rows is frozen; see `FrozenPrefix`. The same gradients, in less time and memory.
+        shared_step (`bool`): whether all rows of a table take a step together, too, beside each row's own: what the
+            texts around all of the tokens have in common is learned from all of them; see `SharedStep`. For tokens
+            of one kind in texts of one kind, such as the terms of a field. Needs `strategy="split"`.
 
     Raises:
         `PartialEmbeddingError`: a negative rate or decay; a model that cannot have a chunked loss, or that has no
@@ -76,6 +80,7 @@ class PartialEmbeddingCallback(TrainerCallback):
         diagnostics: bool = True,
         chunked_loss: bool = False,
         frozen_prefix: bool = False,
+        shared_step: bool = False,
     ) -> None:
         self.partials = [partial] if isinstance(partial, PartialEmbedding) else list(partial)
         for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
@@ -89,6 +94,12 @@ class PartialEmbeddingCallback(TrainerCallback):
         self.diagnostics = [RowDiagnostics(partial) for partial in self.partials] if diagnostics else []
         self.chunked_loss = chunked_loss
         self.frozen_prefix = frozen_prefix
+        self.shared_step = shared_step
+        if shared_step and any(partial.strategy != "split" for partial in self.partials):
+            raise PartialEmbeddingError(
+                "shared_step moves the trainable rows together, and under strategy='mask' the parameter is the whole "
+                "table. Add the tokens with strategy='split', or leave shared_step out."
+            )
         self._additions = self._make_additions()
         self._watch: RowWatch | None = None
         self._hooks: list[Any] = []
@@ -147,8 +158,14 @@ class PartialEmbeddingCallback(TrainerCallback):
             logger.info("Learning rate of the token rows: %.3g.", rate)
         self._watch = RowWatch(self.partials)
         steps = OwnGroup(optimizer, parameters, rate, self.weight_decay, flattened)
+        shared = []
+        if self.shared_step:
+            if flattened is not None:
+                raise PartialEmbeddingError("shared_step needs whole rows, but DeepSpeed has flattened them.")
+            shared = [optimizer.register_step_post_hook(SharedStep(optimizer, parameters))]
         self._hooks = [
             optimizer.register_step_pre_hook(steps.before),
+            *shared,  # while the rows have their own learning rate
             optimizer.register_step_post_hook(steps.after),
             optimizer.register_state_dict_post_hook(ExactRows(exact).store),
         ]
