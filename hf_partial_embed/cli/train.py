@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import PartialEmbeddingError, count, visible
 from .data import read_data, split
+from .numbers import learning_rate, natural, positive, share, whole_number
 from .output import OK, AddCommand, add_out, check_out, fresh_folder, print_json, read_tokens, say
+from .unfinished import last_checkpoint, open_work, write_work
 
 if TYPE_CHECKING:
     from ..attachment.partial import PartialEmbedding
@@ -22,9 +24,6 @@ __all__ = ["add_train"]
 
 logger = logging.getLogger(__name__)
 
-_SETTINGS = "settings.json"
-# What may differ between a run and its resume, because it does not change what is trained.
-_FREE = ("out", "force", "json", "quiet", "resume", "push_to_hub", "command", "run", "save_steps", "no_picture")
 # Of the rate that rows at the mean of their pieces train at: distilled ones have less way to go, and forget the texts
 # less that were not trained on. SmolLM2-135M, element names: 0.002 for 0.0095.
 _AFTER_DISTILLATION = 0.2
@@ -51,12 +50,12 @@ def add_train(command: AddCommand) -> None:
         help="a text file with a text a line; JSON lines with `text` or `messages`; a folder or Hub id of a data set",
     )  # fmt: skip
     add_out(made)
-    whole = {"type": _whole, "metavar": "N"}
+    whole = {"type": whole_number, "metavar": "N"}
     made.add_argument("--count", help="choose N tokens from DATA", **whole)
     made.add_argument("--split", default="train", metavar="NAME", help="of a data set (default: train)")
     made.add_argument("--column", metavar="NAME", help="field of DATA (default: text, else messages)")
     made.add_argument(
-        "--held-out", type=_share, default=0.1, metavar="X",
+        "--held-out", type=share, default=0.1, metavar="X",
         help="share of the texts that are not trained on but measured; 0 for none (default: 0.1)",
     )  # fmt: skip
     made.add_argument("--special", action="store_true", help="add TOKENS as special tokens")
@@ -64,12 +63,10 @@ def add_train(command: AddCommand) -> None:
         "--init", default="auto", metavar="NAME",
         help="initialiser; auto distills with texts from DATA where it can, else takes the mean of the pieces",
     )  # fmt: skip
+    made.add_argument("--steps", help="training steps, in place of --epochs; 0 trains none", type=natural, metavar="N")
+    made.add_argument("--epochs", type=positive, default=3.0, metavar="X", help="times through DATA (default: 3)")
     made.add_argument(
-        "--steps", help="training steps, in place of --epochs; 0 trains none", type=_natural, metavar="N"
-    )
-    made.add_argument("--epochs", type=_positive, default=3.0, metavar="X", help="times through DATA (default: 3)")
-    made.add_argument(
-        "--learning-rate", type=_rate, default="auto", metavar="X",
+        "--learning-rate", type=learning_rate, default="auto", metavar="X",
         help="of the rows; auto goes with the size of the old rows, a fifth of it after distillation (default: auto)",
     )  # fmt: skip
     made.add_argument("--batch-size", default=8, help="texts in a step (default: 8)", **whole)
@@ -79,15 +76,19 @@ def add_train(command: AddCommand) -> None:
         help="what becomes of the other weights: nothing, LoRA on all linear layers, or all train (default: frozen)",
     )  # fmt: skip
     made.add_argument(
-        "--body-learning-rate", type=_positive, metavar="X", help="of lora and full (default: 2e-4 and 2e-5)"
+        "--body-learning-rate", type=positive, metavar="X", help="of lora and full (default: 2e-4 and 2e-5)"
     )
     made.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
     made.add_argument("--chunked-loss", action="store_true", help="never hold all logits in training")
     made.add_argument("--frozen-prefix", action="store_true", help="no graph for what comes before a new token")
+    made.add_argument(
+        "--shared-step", action="store_true",
+        help="all rows take a step together, too: for terms of one field in texts of one kind",
+    )  # fmt: skip
     made.add_argument("--save-steps", default=200, help="steps between checkpoints (default: 200)", **whole)
     made.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUT.training")
     made.add_argument(
-        "--seed", type=_natural, default=0, metavar="N", help="of split, initialiser and order (default: 0)"
+        "--seed", type=natural, default=0, metavar="N", help="of split, initialiser and order (default: 0)"
     )
     made.add_argument("--no-picture", action="store_true", help="write no report.png, which needs matplotlib")
     made.add_argument("--push-to-hub", metavar="REPO", help="publish rows/ with its card there")
@@ -98,7 +99,7 @@ def _train(options: argparse.Namespace) -> int:
     tokens = None if options.count else read_tokens(Path(options.tokens))
     data = read_data(options.data, split=options.split, column=options.column)
     work = Path(f"{options.out.rstrip('/')}.training")
-    held = _open_work(work, options)
+    held = open_work(work, options)
 
     from ..api import add_tokens
     from ..files.hub import upload
@@ -119,12 +120,12 @@ def _train(options: argparse.Namespace) -> int:
     model = load_model(options.model)
     if options.body != "full":
         model.requires_grad_(False)
-    checkpoint = _last_checkpoint(work)
+    checkpoint = last_checkpoint(work)
     if checkpoint is None:
         partial, distilled = _add(model, tokenizer, tokens, training, options)
     else:  # whose rows take the place of these
         partial, distilled = add_tokens(model, tokenizer, tokens, special=options.special), held["distilled"]
-    _write_work(work, options, tokens=list(tokens) if options.count else None, distilled=distilled)
+    write_work(work, options, tokens=list(tokens) if options.count else None, distilled=distilled)
     wrapped = _with_body(partial, options)
     history = _run(wrapped, partial, training, data.conversations, checkpoint, distilled, work, options)
     if options.body == "lora":
@@ -175,51 +176,6 @@ def _check(options: argparse.Namespace) -> None:
     if options.init != "auto":
         resolve(options.init)
     check_out(options)
-
-
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(options).items() if name not in _FREE}
-
-
-def _open_work(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Look at what an interrupted run has left; gives what it had decided.
-
-    Raises:
-        `PartialEmbeddingError`: there is something and no --resume, or a --resume with nothing or with other settings.
-    """
-    if not options.resume:
-        if work.exists() and not options.force:
-            raise PartialEmbeddingError(
-                f"{work} holds an interrupted training. Go on with it by --resume, or pass --force to begin anew."
-            )
-        shutil.rmtree(work, ignore_errors=True)
-        return {}
-    try:
-        held: dict[str, Any] = json.loads((work / _SETTINGS).read_text("utf-8"))
-        before = held["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PartialEmbeddingError(f"There is no training to resume in {work}: {error}") from error
-    now = _settings(options)
-    differing = sorted(name for name in now if before.get(name) != now[name])
-    if differing:
-        told = ", ".join(f"{name} ({before.get(name)!r}, now {now[name]!r})" for name in differing)
-        raise PartialEmbeddingError(f"The training in {work} was begun with other settings: {told}. Give the same.")
-    return held
-
-
-def _write_work(work: Path, options: argparse.Namespace, **decided: Any) -> None:
-    from ..files.rows_file import write_atomically
-
-    work.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({"settings": _settings(options), **decided})
-    write_atomically(work / _SETTINGS, lambda temporary: temporary.write_text(content, "utf-8"))
-
-
-def _last_checkpoint(work: Path) -> str | None:
-    """The newest checkpoint that is whole: the Trainer writes its own state last."""
-    whole = [path.parent for path in work.glob("checkpoint-*/trainer_state.json")]
-    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    return None if newest is None else str(newest)
 
 
 # ---------------------------------------------------------------------------------------------------- the steps of it
@@ -300,7 +256,11 @@ def _run(
         dataloader_pin_memory=torch.cuda.is_available(),  # it warns where there is nothing to pin for
     )
     callback = PartialEmbeddingCallback(
-        partial, learning_rate=rate, chunked_loss=options.chunked_loss, frozen_prefix=options.frozen_prefix
+        partial,
+        learning_rate=rate,
+        chunked_loss=options.chunked_loss,
+        frozen_prefix=options.frozen_prefix,
+        shared_step=options.shared_step,
     )
     trainer = Trainer(
         model=model,
@@ -378,32 +338,3 @@ def _write(
         if not options.no_picture:
             shutil.copyfile(folder / "report.png", place / "report.png")
         add_to_card(place, section)
-
-
-# ------------------------------------------------------------------------------------------------ reading of arguments
-
-
-def _number(kind: type, least: float, *, included: bool, below: float | None = None) -> Any:
-    def read(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is no number") from error
-        if not (value > least or (included and value == least)) or (below is not None and not value < below):
-            limit = "" if below is None else f" and below {below:g}"
-            raise argparse.ArgumentTypeError(f"{text} must be {'at least' if included else 'above'} {least:g}{limit}")
-        if value == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} must be finite")
-        return value
-
-    return read
-
-
-_whole = _number(int, 1, included=True)
-_natural = _number(int, 0, included=True)
-_positive = _number(float, 0, included=False)
-_share = _number(float, 0, included=True, below=1)
-
-
-def _rate(text: str) -> Any:
-    return text if text == "auto" else _positive(text)

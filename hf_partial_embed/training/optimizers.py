@@ -197,7 +197,7 @@ class SharedStep:
             held[2] += 1
             first, second = held[0] / (1 - _FIRST ** held[2]), held[1] / (1 - _SECOND ** held[2])
             step = rates[id(parameter)] * first / (second.sqrt() + _TINY)
-            parameter -= step.to(parameter.dtype)
+            parameter.sub_(step.to(parameter.dtype))
 
 
 # Of the old rows' root mean square, for one step of an Adam-like optimizer at the top of the schedule.
