@@ -55,11 +55,11 @@ def split_texts(elements: Sequence[Element], names: Sequence[str]) -> tuple[list
     return train, held_out
 
 
-def other_texts(names: Sequence[str], count: int = 40) -> list[str]:
+def other_texts(names: Sequence[str]) -> list[str]:
     """Paragraphs about something else, without any of the names: from Python's own manual."""
     pages = [pydoc_data.topics.topics[title] for title in sorted(pydoc_data.topics.topics)]
     paragraphs = [" ".join(part.split()) for page in pages for part in page.split("\n\n") if part[:1].isalpha()]
-    return [text for text in paragraphs if 150 < len(text) < 400 and not any(name in text for name in names)][:count]
+    return [text for text in paragraphs if 150 < len(text) < 400 and not any(name in text for name in names)][:80]
 
 
 # What a user runs who has the rows and the base model, and one who has the merged model and transformers alone.
@@ -96,19 +96,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     require(["accelerate", "matplotlib", "mendeleev", *needed_for_smollm2(args.cache)])
     started = time.perf_counter()
     set_seed(args.seed)
-
     model, tokenizer = load_smollm2(args.cache)
     model.requires_grad_(False)  # the body; `add_tokens` leaves what is frozen frozen
     elements = read_elements()
     names = multi_piece_names(elements, tokenizer)
     texts, held_out = split_texts(elements, names)
+    others = other_texts(names)  # half to learn where the names do not belong, half to see whether they stay away
     print(f"{len(names)} names of several pieces; {len(texts)} texts to train on, {len(held_out)} held out")
 
     # The space belongs to the token, as to the tokenizer's own words.
     tokens = [AddedToken(name, normalized=False) for name in names]
-    partial = add_tokens(model, tokenizer, tokens, init=Distill(texts=texts), seed=args.seed)
+    partial = add_tokens(model, tokenizer, tokens, init=Distill(texts=texts, per_token=2), seed=args.seed)
     print(f"{partial}\n[{time.perf_counter() - started:.0f} s]")
-
+    read = tokenizer(texts + others[::2], truncation=True, max_length=64)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -117,15 +117,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             seed=args.seed, logging_steps=10, save_strategy="no", report_to=[], disable_tqdm=True,
             dataloader_pin_memory=False,
         ),
-        train_dataset=[{"input_ids": ids} for ids in tokenizer(texts, truncation=True, max_length=64)["input_ids"]],
+        train_dataset=[{"input_ids": ids} for ids in read["input_ids"]],
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        callbacks=[PartialEmbeddingCallback(partial, learning_rate=args.learning_rate)],
+        callbacks=[PartialEmbeddingCallback(partial, learning_rate=args.learning_rate, shared_step=2)],
     )  # fmt: skip
     trainer.train()
     partial.verify()  # raises if one bit of the frozen rows has changed
     model.eval()
 
-    report = partial.evaluate([*held_out, *other_texts(names)], progress=False)
+    report = partial.evaluate([*held_out, *others[1::2]], progress=False)
     print(f"{report}\n[{time.perf_counter() - started:.0f} s]")
     plot_report(report, path=args.output / "quickstart.png")
 

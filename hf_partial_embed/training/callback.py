@@ -60,9 +60,10 @@ class PartialEmbeddingCallback(TrainerCallback):
             less memory. Evaluation has its logits as always.
         frozen_prefix (`bool`): whether to build no graph for what comes before the first new token of a batch, where
             all but the rows is frozen; see `FrozenPrefix`. The same gradients, in less time and memory.
-        shared_step (`bool`): whether all rows of a table take a step together, too, beside each row's own: what the
-            texts around all of the tokens have in common is learned from all of them; see `SharedStep`. For tokens
-            of one kind in texts of one kind, such as the terms of a field. Needs `strategy="split"`.
+        shared_step (`float`): learning rate, in units of the rows', of a step that all rows of a table take together
+            beside each row's own; 0 for none. What the texts around all of the tokens have in common is learned
+            from all of them; see `SharedStep`. For tokens of one kind in texts of one kind, such as the terms of a
+            field. Needs `strategy="split"`.
 
     Raises:
         `PartialEmbeddingError`: a negative rate or decay; a model that cannot have a chunked loss, or that has no
@@ -80,10 +81,14 @@ class PartialEmbeddingCallback(TrainerCallback):
         diagnostics: bool = True,
         chunked_loss: bool = False,
         frozen_prefix: bool = False,
-        shared_step: bool = False,
+        shared_step: float = 0.0,
     ) -> None:
         self.partials = [partial] if isinstance(partial, PartialEmbedding) else list(partial)
-        for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+        for name, value in (
+            ("learning_rate", learning_rate),
+            ("weight_decay", weight_decay),
+            ("shared_step", shared_step),
+        ):
             automatic = name == "learning_rate" and value == "auto"
             if not (value is None or automatic) and (isinstance(value, str) or not value >= 0):
                 raise PartialEmbeddingError(f"{name}={value!r} must be a number of at least 0.")
@@ -162,7 +167,7 @@ class PartialEmbeddingCallback(TrainerCallback):
         if self.shared_step:
             if flattened is not None:
                 raise PartialEmbeddingError("shared_step needs whole rows, but DeepSpeed has flattened them.")
-            shared = [optimizer.register_step_post_hook(SharedStep(optimizer, parameters))]
+            shared = [optimizer.register_step_post_hook(SharedStep(optimizer, parameters, self.shared_step))]
         self._hooks = [
             optimizer.register_step_pre_hook(steps.before),
             *shared,  # while the rows have their own learning rate

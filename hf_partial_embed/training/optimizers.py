@@ -165,18 +165,21 @@ class SharedStep:
     """Moves all rows of a table together, beside the step that each takes by itself.
 
     As if each row were its own part plus one part that all of them share, `w_k + u`: the gradient of `u` is the sum
-    of the rows' gradients, and `u` takes Adam's step with it, at the rows' learning rate. A row alone sees the few
-    texts that have its token, and learns what these happen to say; what all of the texts have in common is in the
-    sum, where the rest averages out. The rows stay one parameter, and nothing else of the model changes.
+    of the rows' gradients, and `u` takes Adam's step with it, at `factor` times the rows' learning rate. A row
+    alone sees the few texts that have its token, and learns what these happen to say; what all of the texts have in
+    common is in the sum, where the rest averages out. The rows stay one parameter, and nothing else of the model
+    changes.
 
     Its moments are kept in the optimizer's state, so that checkpoints have them.
 
     Args:
         parameters: the tables' rows, each `[K, d]`.
         optimizer: the one that steps on them.
+        factor: of the learning rate.
     """
 
-    def __init__(self, optimizer: Any, parameters: list[nn.Parameter]) -> None:
+    def __init__(self, optimizer: Any, parameters: list[nn.Parameter], factor: float = 1.0) -> None:
+        self.factor = factor
         self.parameters = [parameter for parameter in parameters if parameter.dim() > 1]
         if any(is_dtensor(parameter) for parameter in self.parameters):
             raise PartialEmbeddingError("shared_step needs whole rows, but they are sharded. Leave it out here.")
@@ -196,7 +199,7 @@ class SharedStep:
             held[1].lerp_(gradient.square(), 1 - _SECOND)
             held[2] += 1
             first, second = held[0] / (1 - _FIRST ** held[2]), held[1] / (1 - _SECOND ** held[2])
-            step = rates[id(parameter)] * first / (second.sqrt() + _TINY)
+            step = self.factor * rates[id(parameter)] * first / (second.sqrt() + _TINY)
             parameter.sub_(step.to(parameter.dtype))
 
 

@@ -173,7 +173,7 @@ class TestDistill:
         texts = ["The word of dysprosium is a word."] * 2 + ["A story is a story, and a story is a name."] * 2
         add_tokens(model, tokenizer, TOKENS, init=Distill(texts, steps=1, per_token=4, context=6))
         beginnings = tokenizer.batch_decode(read, skip_special_tokens=True)
-        assert len(beginnings) == 2 and all(text.endswith(" dysprosium") for text in beginnings)
+        assert len(beginnings) == 2 and all(" dysprosium" in text for text in beginnings)
 
     def test_texts_are_written_once_for_all_tables(self, monkeypatch):
         model, calls = build_model(tied=False), []

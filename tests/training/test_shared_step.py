@@ -26,14 +26,15 @@ def trained(folder, shared=True, resume=None, *, tied=True, **options):
     return partial.token_rows()
 
 
-def test_step_is_adams_with_own_and_shared_parts_as_parameters():
+@pytest.mark.parametrize("factor", [1.0, 2.5])
+def test_step_is_adams_with_own_and_shared_parts_as_parameters(factor):
     generator = torch.Generator().manual_seed(0)
     start, target = torch.randn(4, 3, generator=generator), torch.randn(4, 3, generator=generator)
     own, shared = start.clone().requires_grad_(True), torch.zeros(1, 3, requires_grad=True)
-    expected = torch.optim.Adam([own, shared], lr=0.01)
+    expected = torch.optim.Adam([{"params": [own]}, {"params": [shared], "lr": 0.01 * factor}], lr=0.01)
     rows = torch.nn.Parameter(start.clone())
     made = torch.optim.Adam([rows], lr=0.01)
-    made.register_step_post_hook(SharedStep(made, [rows]))
+    made.register_step_post_hook(SharedStep(made, [rows], factor))
     for _ in range(20):
         for optimizer, value in ((expected, lambda: own + shared), (made, lambda: rows)):
             optimizer.zero_grad()
@@ -62,3 +63,5 @@ def test_masked_tables_are_refused():
     _, _, partial = setup(strategy="mask")
     with pytest.raises(PartialEmbeddingError, match="strategy='split'"):
         PartialEmbeddingCallback(partial, shared_step=True)
+    with pytest.raises(PartialEmbeddingError, match="shared_step=-1 must be"):
+        PartialEmbeddingCallback(setup()[2], shared_step=-1)
