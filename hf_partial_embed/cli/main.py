@@ -20,13 +20,14 @@ from .evaluate import add_evaluate
 from .output import BAD_INPUT, CRASHED, INTERRUPTED, OK, VisibleFormatter, silence
 from .prepare import add_add, add_merge
 from .show import add_info, add_neighbours
+from .train import add_train
 
 __all__ = ["main"]
 
 
 _DESCRIPTION = """\
 Add tokens to a Hugging Face model, move their trained rows between files and models, and check that nothing else
-of a model has changed. Training itself is done in Python: see add_tokens and PartialEmbeddingCallback.
+of a model has changed. `train` does the whole of it; see add_tokens and PartialEmbeddingCallback for Python.
 
 BASE, MODEL and ROWS are folders, files or repositories of the Hub. Nothing is unpickled and no code of a
 repository is run."""
@@ -41,8 +42,8 @@ exit status:
 
 # In the order in which the help lists them.
 _COMMANDS = (
-    add_info, add_choose, add_add, add_merge, add_evaluate, add_verify, add_convert,
-    add_neighbours, add_audit,
+    add_info, add_choose, add_audit, add_add, add_train, add_evaluate, add_merge, add_verify, add_convert,
+    add_neighbours,
 )  # fmt: skip
 
 

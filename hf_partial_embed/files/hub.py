@@ -25,7 +25,9 @@ from huggingface_hub.errors import (
 from ..errors import PartialEmbeddingError, count
 from .rows_file import ROWS_FILE, write_atomically
 
-__all__ = ["entries_in_words", "hub_errors", "locate_rows", "merged_card", "rows_card", "upload", "write_card"]
+__all__ = [
+    "add_to_card", "entries_in_words", "hub_errors", "locate_rows", "merged_card", "rows_card", "upload", "write_card",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +148,14 @@ def write_card(folder: Path, card: ModelCard) -> None:
     path = folder / _CARD
     if not path.is_file() or _is_ours(path):
         write_atomically(path, lambda temporary: temporary.write_text(str(card), "utf-8"))
+
+
+def add_to_card(folder: Path, section: str) -> None:
+    """Add a section to the card in a folder, unless it is somebody else's."""
+    path = folder / _CARD
+    if _is_ours(path):
+        text = f"{path.read_text('utf-8').rstrip()}\n\n{section}"
+        write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
 
 
 def rows_card(

@@ -50,12 +50,14 @@ class Distill:
 
     Args:
         texts: any texts with the tokens in them, written as the tokens are (with their leading space, if they
-            have one). Without it the model writes some, from `prompts`.
+            have one). Where they have less than `per_token` of a token, the model writes more, from `prompts`, if
+            it can generate.
         layer: number, from 1, of the layer whose output is matched; a quarter of the layers if not given.
         steps: of Adam; six epochs over the snippets if not given.
         learning_rate: at the start of the schedule, in units of the root mean square of the table's trained rows.
         batch_size: snippets in a step.
-        per_token: largest number of snippets for each token.
+        per_token: largest number of snippets for each token. A row that has seen two texts follows what they
+            happen to say.
         context: largest number of ids before, and behind, the token in a snippet.
         head_weight: weight of the output's loss on a tied head. 0 saves the pass of the whole model, but then the new
             token is hardly predicted.

@@ -110,7 +110,7 @@ def _around_added(
     if not rows:
         return
     # A tokenizer finds the longest added token that begins at a place.
-    pattern = re.compile("|".join(map(re.escape, sorted(rows, key=len, reverse=True))))
+    pattern = _pattern(rows)
     found: dict[int, list[tuple[str, str, str]]] = {row: [] for row in rows.values()}
     reach = context * _CHARACTERS
     for text in texts:
@@ -174,38 +174,63 @@ def _opening(tokenizer: Any) -> list[int]:
 def texts_for(
     request: InitRequest, texts: Sequence[str] | None, *, prompts: Sequence[str], per_token: int, length: int
 ) -> Sequence[str]:
-    """The given texts; without them generated ones, the same for all tables of a model."""
-    if texts is not None:
-        return texts
-    key = repr(("texts", tuple(prompts), per_token, length))
+    """The given texts, and generated ones for the tokens that have less than `per_token` in them; the
+    same for all tables of a model.
+
+    Raises:
+        `PartialEmbeddingError`: there are no texts, and the model cannot generate.
+    """
+    given = list(texts or ())
+    lacking = [max(0, per_token - number) for number in _count(request, given)]
+    if not any(lacking) or (given and not _can_generate(request.model)):
+        return given
+    key = repr(("texts", tuple(prompts), lacking, length))
     if key not in request.memo:
         with undisturbed(request.model):
-            request.memo[key] = generate_texts(request, prompts=prompts, per_token=per_token, length=length)
+            request.memo[key] = generate_texts(request, prompts=prompts, numbers=lacking, length=length)
     generated: list[str] = request.memo[key]
-    return generated
+    return [*given, *generated]
 
 
-def generate_texts(request: InitRequest, *, prompts: Sequence[str], per_token: int, length: int) -> list[str]:
+def _count(request: InitRequest, texts: Sequence[str]) -> list[int]:
+    """How often each token's text is in texts."""
+    numbers = dict.fromkeys(request.tokens, 0)
+    for text in texts:
+        for match in _pattern(request.tokens).finditer(text):
+            numbers[match.group()] += 1
+    return list(numbers.values())
+
+
+def _pattern(tokens: Iterable[str]) -> re.Pattern[str]:
+    # A tokenizer finds the longest added token that begins at a place.
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+
+
+def _can_generate(model: Any) -> bool:
+    return hasattr(model, "generate") and bool(getattr(model, "can_generate", lambda: False)())
+
+
+def generate_texts(request: InitRequest, *, prompts: Sequence[str], numbers: Sequence[int], length: int) -> list[str]:
     """Let the model write texts about the new tokens, which it still reads as their pieces.
 
     Args:
         request: has the model, the tokenizer, the tokens and the source of random numbers.
         prompts: beginnings of texts, each with `{token}` in it.
-        per_token: number of texts for each token.
+        numbers: of texts, for each token.
         length: of each text, in tokens.
 
     Raises:
         `PartialEmbeddingError`: the model cannot generate.
     """
     model, tokenizer = request.model, request.tokenizer
-    if not hasattr(model, "generate") or not getattr(model, "can_generate", lambda: False)():
+    if not _can_generate(model):
         raise PartialEmbeddingError(
             f"{type(model).__name__} cannot generate texts. Give some: init=Distill(texts=[...])."
         )
     preview = request.previewed()
     beginnings = []
-    for row, token in enumerate(request.tokens):
-        for number in range(per_token):
+    for row, (token, wanted) in enumerate(zip(request.tokens, numbers, strict=True)):
+        for number in range(wanted):
             prompt = prompts[number % len(prompts)]
             # A token with a leading space of its own replaces the one in "about {token}". A piece of the vocabulary
             # without one is not found behind a space.
