@@ -361,7 +361,9 @@ class Study:
     def added(self, model: PreTrainedModel, init: Any, *, train: float = 0.0) -> dict[str, float]:
         """Scores of tokens that are added, and taken off again."""
         clocks = time.perf_counter(), time.process_time()
-        partial = add_tokens(model, self.tokenizer, self.drawn.tokens, init=init, seed=self.args.seed)
+        partial = add_tokens(
+            model, self.tokenizer, self.drawn.tokens, init=init, entry="added", seed=self.args.seed
+        )  # one row each, as transformers' own way has it
         if train:
             self.train(partial, train)
         return self.scored(partial, clocks)

@@ -50,14 +50,13 @@ class Distill:
 
     Args:
         texts: any texts with the tokens in them, written as the tokens are (with their leading space, if they
-            have one). Where they have less than `per_token` of a token, the model writes more, from `prompts`, if
-            it can generate.
+            have one). About a token that is in none of them the model writes some, from `prompts`, if it can
+            generate.
         layer: number, from 1, of the layer whose output is matched; a quarter of the layers if not given.
         steps: of Adam; six epochs over the snippets if not given.
         learning_rate: at the start of the schedule, in units of the root mean square of the table's trained rows.
         batch_size: snippets in a step.
-        per_token: largest number of snippets for each token. A row that has seen two texts follows what they
-            happen to say.
+        per_token: largest number of snippets for each token.
         context: largest number of ids before, and behind, the token in a snippet.
         head_weight: weight of the output's loss on a tied head. 0 saves the pass of the whole model, but then the new
             token is hardly predicted.

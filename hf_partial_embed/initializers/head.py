@@ -52,8 +52,8 @@ class CachedHead:
     Regression in Rare Events Data", 2001.
 
     Args:
-        texts: any texts with the tokens in them, written as the tokens are. Where they have less than `per_token` of
-            a token, the model writes more, if it can generate.
+        texts: any texts with the tokens in them, written as the tokens are. About a token that is in
+            none of them the model writes some, if it can generate.
         per_token: largest number of snippets for each token.
         context: largest number of ids before, and behind, the token in a snippet.
         frequency: of each new token among the tokens of running text, which the snippets cannot tell.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,14 +174,15 @@ def _opening(tokenizer: Any) -> list[int]:
 def texts_for(
     request: InitRequest, texts: Sequence[str] | None, *, prompts: Sequence[str], per_token: int, length: int
 ) -> Sequence[str]:
-    """The given texts, and generated ones for the tokens that have less than `per_token` in them; the
-    same for all tables of a model.
+    """The given texts, and `per_token` generated ones for each token that is in none of them; the same for all
+    tables of a model.
 
     Raises:
         `PartialEmbeddingError`: there are no texts, and the model cannot generate.
     """
     given = list(texts or ())
-    lacking = [max(0, per_token - number) for number in _count(request, given)]
+    there = {match for text in given for match in _pattern(request.tokens).findall(text)}
+    lacking = [0 if token in there else per_token for token in request.tokens]
     if not any(lacking) or (given and not _can_generate(request.model)):
         return given
     key = repr(("texts", tuple(prompts), lacking, length))
@@ -190,15 +191,6 @@ def texts_for(
             request.memo[key] = generate_texts(request, prompts=prompts, numbers=lacking, length=length)
     generated: list[str] = request.memo[key]
     return [*given, *generated]
-
-
-def _count(request: InitRequest, texts: Sequence[str]) -> list[int]:
-    """How often each token's text is in texts."""
-    numbers = dict.fromkeys(request.tokens, 0)
-    for text in texts:
-        for match in _pattern(request.tokens).finditer(text):
-            numbers[match.group()] += 1
-    return list(numbers.values())
 
 
 def _pattern(tokens: Iterable[str]) -> re.Pattern[str]:

@@ -41,7 +41,7 @@ class RowDiagnostics:
     | `grad_norm` | L2 norm of the rows' gradient, after clipping, over all processes |
     | `norm`, `output_norm` | mean L2 norm of the new rows, of the input embeddings and of the head |
     | `norm_percentile`, `output_norm_percentile` | the part of the old rows' norms that are smaller, in percent, mean over the new rows; near 0 or 100 they are unlike all others |
-    | `unseen_inputs`, `unseen_labels` | number of tokens that no batch has had yet, as input or as label |
+    | `unseen_inputs`, `unseen_labels` | number of tokens that no batch has had yet, as input or as label; parts of others do not count |
     | `least_seen` | how often the rarest token was an input so far |
     | `leak` | mean probability on the new tokens where none of them is the label, in this process's batch |
 
@@ -103,6 +103,12 @@ class RowDiagnostics:
             for name, token_id in zip(names, self.partial.token_ids, strict=True)
         }
 
+    def _asked_counts(self) -> dict[str, tuple[int, int]]:
+        """`counts` without parts of other tokens: texts hardly ever have a part by itself."""
+        kinds = self.partial.entries if self.partial.tokens else []
+        parts = {token for token, kind in zip(self.partial.tokens, kinds, strict=True) if kind == "part"}
+        return {token: found for token, found in self.counts().items() if token not in parts}
+
     @torch.no_grad()
     def look_at_gradients(self) -> None:
         """Take the norm of the gradients that are there now, if this step is one to be logged; on every process."""
@@ -128,7 +134,7 @@ class RowDiagnostics:
                     ranks = [bisect.bisect_left(old, norm) / len(old) for norm in norms.tolist()]
                     found[f"{name}_percentile"] = 100 * sum(ranks) / len(ranks)
         if self._watched:
-            counts = self.counts().values()
+            counts = self._asked_counts().values()
             found["unseen_inputs"] = sum(inputs == 0 for inputs, _ in counts)
             found["least_seen"] = min(inputs for inputs, _ in counts)
             if self._had_labels:
@@ -144,7 +150,7 @@ class RowDiagnostics:
         kept, self._kept = self._kept, None
         if kept is None or not self._watched:
             return
-        counts = self.counts()
+        counts = self._asked_counts()
         unseen = [token for token, (inputs, _) in counts.items() if not inputs]
         if unseen:
             logger.warning(

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from added import add_tokens
 from conftest import bpe_tokenizer, build_model
-
-from hf_partial_embed import add_tokens
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

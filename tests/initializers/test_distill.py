@@ -118,7 +118,7 @@ class TestRunner:
         first, second = decoder_layers(model)
         for name, module in (("first", first), ("second", second), ("head", model.lm_head)):
             module.register_forward_hook(lambda *_, name=name: ran.append(name))
-        add_tokens(model, bpe_tokenizer(), TOKENS, init=Distill(TEXTS, layer=1, steps=2, head_weight=0, per_token=3))
+        add_tokens(model, bpe_tokenizer(), TOKENS, init=Distill(TEXTS, layer=1, steps=2, head_weight=0))
         assert set(ran) == {"first"}
 
 
@@ -167,14 +167,15 @@ class TestDistill:
             assert torch.equal(rows, made[1].tensors()[name]), name
         assert not torch.equal(made[0].input_rows, made[2].input_rows)
 
-    def test_model_writes_what_the_texts_lack_of_a_token(self, monkeypatch):
+    def test_model_writes_about_tokens_that_are_in_no_text(self, monkeypatch):
         model, tokenizer, read = build_model(), bpe_tokenizer(), []
         generate = model.generate
         monkeypatch.setattr(model, "generate", lambda **kw: read.extend(kw["input_ids"].tolist()) or generate(**kw))
-        texts = ["The word of dysprosium is a word."] * 2 + ["A story is a story, and a story is a name."] * 2
-        add_tokens(model, tokenizer, TOKENS, init=Distill(texts, steps=1, per_token=4, context=6))
+        add_tokens(model, tokenizer, TOKENS, init=Distill(TEXTS[:1] * 2, steps=1, per_token=4, context=6))
         beginnings = tokenizer.batch_decode(read, skip_special_tokens=True)
-        assert len(beginnings) == 2 and all(" dysprosium" in text for text in beginnings)
+        there = [token for token in TOKENS if token in TEXTS[0]]
+        assert there and len(beginnings) == 4 * (len(TOKENS) - len(there))
+        assert not any(token in text for text in beginnings for token in there)
 
     def test_texts_are_written_once_for_all_tables(self, monkeypatch):
         model, calls = build_model(tied=False), []
@@ -254,11 +255,11 @@ class TestCachedHead:
     def test_rows_are_the_optimum(self):
         model, tokenizer = lively(tied=False), bpe_tokenizer()
         start = add_tokens(lively(tied=False), bpe_tokenizer(), TOKENS).token_rows().output_rows.double()
-        init = CachedHead(TEXTS, per_token=3)
+        init = CachedHead(TEXTS)
         partial = add_tokens(model, tokenizer, TOKENS, init=init)
         found = partial.token_rows().output_rows.double()
         partial.detach()
-        snippets = snippets_of(request_of(model, tokenizer), TEXTS, context=16, limit=3)
+        snippets = snippets_of(request_of(model, tokenizer), TEXTS, context=16, limit=8)
         cached = CachedStates(model, snippets, 12, init.frequency)
         penalty = init.penalty * cached.states.square().mean()
         objective = lambda rows: (cached.loss(rows, None) + penalty * (rows - start).square().sum() / 2).item()  # noqa: E731
