@@ -1,4 +1,4 @@
-"""The three functions that put token rows on a model."""
+"""The three functions that attach token rows to a model."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def add_tokens(
 
     Args:
         model: a `transformers` model, on any device, in any floating-point dtype.
-        tokenizer: its tokenizer (or a processor that has one). Tokens that it has already but the model's table has
-            no rows for (a tokenizer that was extended first) are new rows, too.
+        tokenizer: its tokenizer (or a processor that has one). A token that it has already, but for which the model's
+            table has no row (the tokenizer was extended first), gets a new row, too.
         tokens: a list of `str` or `AddedToken`; or a dict from token to what its row starts from: a
             string is a description, whose pieces are averaged, a tensor `[d]` is the input row itself.
         init: name of an initialiser (`"subtoken_mean"`, `"mean"`, `"multivariate_normal"`, `"positional"`,
@@ -68,18 +68,18 @@ def add_tokens(
         output: `"auto"` trains the head's new rows too where there is a head over the vocabulary;
             `False` leaves them at their initial values.
         special: whether the tokens are special ones, which `decode(skip_special_tokens=True)` drops.
-        entry: how they enter the tokenizer. `"added"`: as added tokens, which are cut out of a text before the
-            tokenizer's model reads it; right for markers. `"vocabulary"`: as pieces of its vocabulary, behind all old
-            merges, so that no text becomes longer and one without new tokens is read as before; parts that a
+        entry: how they enter the tokenizer. `"added"`: as added tokens, which are split off before the
+            pre-tokenizer; right for markers. `"vocabulary"`: as pieces of the vocabulary, with merges after all old
+            ones, so that no text becomes longer and a text without new tokens is read as before; parts that a
             token needs become tokens with rows, too. `"auto"`: special tokens, `AddedToken` objects and texts that
-            the pre-tokenizer would cut are added; other strings enter the vocabulary where it can take them.
-        reuse: names of reserved or unused tokens that the tokens take over, in this order: id and row, everywhere
-            that the name stands (vocabulary, special tokens, post-processor, what is saved). The tokenizer and the
-            tables keep their length, so it works on a model that is sharded already. The old name is ordinary text
-            afterwards, until `detach()`. `"auto"` takes those that are reserved by their names and untrained by
-            their rows (`audit_tokens`), then spare rows of the tables, then lets the tables grow, and logs which.
-        force: whether names in `reuse` may be of tokens that are trained, or that the chat template, the end of a
-            text or the like use; then these use the new one.
+            the pre-tokenizer would split are added; other strings enter the vocabulary where its kind allows it.
+        reuse: names of reserved or unused tokens, whose ids and rows the tokens take over, in this order. The old
+            name is replaced wherever it is (vocabulary, special tokens, post-processor, what is saved), and is
+            ordinary text until `detach()`. The tokenizer and the tables keep their length, so it works on a model
+            that is sharded already. `"auto"` takes tokens with a reserved name and an untrained row
+            (`audit_tokens`), then spare rows of the tables, then lets the tables grow, and logs which.
+        force: whether `reuse` may name tokens that are trained, or that the chat template, the end of a text or the
+            like use; these then use the new token.
         dtype: of the trainable rows; `None` is float32 under `"split"` and the model's under `"mask"`.
         seed: of initialisers that draw random numbers.
 
@@ -87,9 +87,9 @@ def add_tokens(
         The `PartialEmbedding` that is now on the model.
 
     Raises:
-        `PartialEmbeddingError`: tokens that are known, repeated, empty or never used; ones that cannot enter a
-            vocabulary, if that was asked for; a model whose vocabulary cannot grow; arguments that do not
-            fit. Model and tokenizer are unchanged.
+        `PartialEmbeddingError`: tokens that are known, repeated or empty, or that the tokenizer would never produce;
+            tokens that cannot enter the vocabulary, if that was asked for; a model whose vocabulary cannot grow;
+            arguments that do not fit. Model and tokenizer are unchanged.
     """
     tokenizer = plain_tokenizer(tokenizer, needed=True)
     starts: Mapping[Any, Any] = tokens if isinstance(tokens, Mapping) else {}
@@ -101,7 +101,7 @@ def add_tokens(
             "A token that takes over another one's id is cut out of the text as that one was: reuse and "
             "entry='vocabulary' cannot be had together. Leave one of them out."
         )
-    # What the tokenizer has and the table has no row for (it was extended first) stays as it is there.
+    # A token that the tokenizer has but the table lacks (it was extended first) stays in the tokenizer as it is.
     there = [known_id(tokenizer, token.content) is not None for token in asked]
     plain = [isinstance(token, str) and not known for token, known in zip(listed, there, strict=True)]
     entering = plan_tokens(tokenizer, asked, plain, entry if reuse is None else "added")
@@ -149,17 +149,20 @@ def train_tokens(
         model: a `transformers` model.
         tokenizer: its tokenizer; may be `None` where `tokens` are ids and there is no `init`.
         tokens: tokens of the vocabulary, or ids, in any order.
-        init: `None` keeps the rows as they are. Else they start anew, as new tokens' rows do, from what their
-            texts would be read as if none of these tokens were there: an added token's text as the rest of the
-            tokenizer reads it; a piece of the vocabulary as the pieces that it is made of, one level down. The
-            old rows enter no mean. With `output=False` the head's rows stay as they are. `detach()` gives the
-            old rows back.
+        init: `None` keeps the rows as they are. An initialiser makes them start anew, as rows of new tokens do, from
+            the ids that their texts have in a tokenizer without these tokens: for an added token, what the rest of the
+            tokenizer reads; for a piece of the vocabulary, the pieces that it is merged from. The old rows are not
+            used. With `output=False` the head's rows stay as they are. `detach()` restores the old rows.
         strategy, output, dtype: as in `add_tokens`.
         seed: of initialisers that draw random numbers.
 
+    Returns:
+        The `PartialEmbedding` that is now on the model.
+
     Raises:
         `PartialEmbeddingError`: tokens that are not in the vocabulary, ids outside of the table, either
-            given twice; rows that start anew, but have no token; arguments that do not fit. Nothing has changed.
+            given twice; rows that are to start anew, but have no token; arguments that do not fit. Nothing has
+            changed.
     """
     if init is not None:
         resolve(init)
@@ -191,7 +194,7 @@ def train_tokens(
 
 
 def _check_in_table(ids: Sequence[int], layout: VocabularyLayout, names: Sequence[str] | None = None) -> list[int]:
-    """`check_ids`, which says what to do where the tokenizer was extended and the model was not."""
+    """`check_ids`, with a remedy in the message where the tokenizer was extended and the model was not."""
     size = min(table.size for table in layout.tables)
     beyond = [name for name, token_id in zip(names or (), ids, strict=False) if token_id >= size]
     if beyond:
@@ -220,7 +223,7 @@ def _rows_anew(
     output: str | bool,
     seed: int,
 ) -> dict[str, Tensor]:
-    """Initial rows for tokens that exist, as if they did not."""
+    """Initial rows for tokens that exist, computed as for new ones."""
     if not tokens:
         reason = "there is no tokenizer" if tokenizer is None else "not all of them have a token"
         raise PartialEmbeddingError(
@@ -251,10 +254,13 @@ def load_tokens(
         source: a row file, a folder that has one, or a Hub repository id.
         revision: of the repository.
         token: to read a private repository.
-        trainable: whether the rows go on training.
+        trainable: whether the rows train.
+
+    Returns:
+        The `PartialEmbedding` that is now on the model.
 
     Raises:
-        `PartialEmbeddingError`: as `TokenRows.from_pretrained` and `TokenRows.attach` raise it.
+        `PartialEmbeddingError`: as `TokenRows.from_pretrained` and `TokenRows.attach` raise it. Nothing has changed.
     """
     rows = TokenRows.from_pretrained(source, revision=revision, token=token)
     return rows.attach(model, tokenizer, trainable=trainable)

@@ -13,14 +13,14 @@ class PartialEmbeddingError(ValueError):
 
 
 class FrozenRowsChangedError(PartialEmbeddingError):
-    """Rows that were promised to stay still have changed.
+    """Rows that are frozen have changed.
+
+    Args:
+        changed: see below.
+        remark: a further sentence for the message.
 
     Attributes:
         changed (`dict[str, list[int]]`): ids of the changed rows by the name of their table.
-
-    Args:
-        changed: as above.
-        remark: what else is to be known where it was found.
     """
 
     def __init__(self, changed: dict[str, list[int]], remark: str | None = None) -> None:
@@ -41,7 +41,7 @@ def count(items: Sequence[object], noun: str) -> str:
 
 
 def visible(text: str, keep: str = "") -> str:
-    """Text of somebody else's file as it can be printed: control and other invisible characters are escaped.
+    """Text from an untrusted file, made safe to print: control and other invisible characters are escaped.
 
     Args:
         text: the text.

@@ -1,4 +1,4 @@
-"""What is imported when it is first asked for: names of a package, a function behind a method."""
+"""Imports at first use: of a package's public names, and of a function behind a method."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["lazy_function", "lazy_names"]
 def lazy_function(module: str, name: str) -> Callable[..., Any]:
     """A function of a module of this package that is imported when it is called.
 
-    For a method whose work is that of a wing above its class: the class names it, and imports nothing from there.
+    For a method that a wing above its class implements, from which the class must not import.
 
     Args:
         module: the module below this package, such as `evaluation.evaluate`.

@@ -11,12 +11,15 @@ __all__ = ["need"]
 
 
 def need(module: str, extra: str, purpose: str) -> Any:
-    """Import a module of an extra.
+    """Import a module that one of this package's extras installs.
 
     Args:
         module: its name.
-        extra: the extra of this package that brings it.
-        purpose: what it is needed for, as the message says it.
+        extra: the extra.
+        purpose: what it is needed for, as the subject of the error message.
+
+    Returns:
+        The module.
 
     Raises:
         `PartialEmbeddingError`: it is not installed; says which extra to install.
@@ -25,7 +28,7 @@ def need(module: str, extra: str, purpose: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != module.partition(".")[0]:
-            raise  # it is there, and lacks something of its own
+            raise  # it is installed, and a module that it imports is missing
         package = module.partition(".")[0]
         raise PartialEmbeddingError(
             f'{purpose} needs {package}, which is not installed: pip install "hf_partial_embed[{extra}]".'

@@ -64,7 +64,7 @@ def test_wings_import_from_below(path):
         for module in imports_of(path)
         if (other := module.partition(".")[0]) != wing and FLOOR[other] >= FLOOR[wing]
     }
-    # What the top level gives away under a short name lives below it; `__version__` lives there.
+    # One call goes up, by name: `partial.evaluate` (see `lazy.lazy_function`).
     assert not above
 
 

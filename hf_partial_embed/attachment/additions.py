@@ -1,4 +1,4 @@
-"""What can be put on a model that has trainable rows, for a time: the base of chunked loss and frozen prefix."""
+"""Temporary changes of how a model with trainable rows runs: the base of chunked loss and frozen prefix."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _REGISTRY = "_partial_embedding_additions"
 
 
 class Addition:
-    """A change of how a model runs that can be taken off again; also a context manager.
+    """A change of how a model runs that can be removed again; also a context manager.
 
-    The model knows what is on it, so that `merge()` and `detach()` take it off too.
+    The model keeps a list of what is installed, so that `merge()` and `detach()` remove it, too.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -23,18 +23,18 @@ class Addition:
 
     @property
     def installed(self) -> bool:
-        """Whether it is on the model now."""
+        """Whether it is installed now."""
         return self in self.model.__dict__.get(_REGISTRY, ())
 
     def install(self) -> Any:
-        """Put it on; harmless if it is on already."""
+        """Install it; does nothing if it is installed."""
         if not self.installed:
             self._put_on()
             self.model.__dict__.setdefault(_REGISTRY, []).append(self)
         return self
 
     def remove(self) -> None:
-        """Take it off; harmless if it is off."""
+        """Remove it; does nothing if it is not installed."""
         if self.installed:
             self._take_off()
             self.model.__dict__[_REGISTRY].remove(self)
@@ -53,7 +53,7 @@ class Addition:
 
 
 def change_without_additions(model: nn.Module, change: Callable[[], None]) -> None:
-    """Take off all that is on a model, the last first, and change it; if that fails, they are put on again."""
+    """Remove all additions of a model, the last first, and call `change`; if that fails, install them again."""
     additions: list[Addition] = list(model.__dict__.get(_REGISTRY, ()))
     try:
         for addition in reversed(additions):

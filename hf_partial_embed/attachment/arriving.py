@@ -1,4 +1,4 @@
-"""Saved tokens on their way to a tokenizer: which it knows, which are new, and which parts those need there."""
+"""The tokens of a row file beside a tokenizer: which it has, which are new, and which parts the new ones need."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ __all__ = ["Arriving", "arriving_tokens"]
 
 @dataclass(frozen=True)
 class Arriving:
-    """Saved tokens as they are to be on a tokenizer.
+    """Saved tokens as a tokenizer is to have them.
 
     Attributes:
-        tokens: theirs; behind those of the file parts that they need here and did not there.
-        entries: for each the piece of the vocabulary that it is; `None` for an added token.
-        pieces: for each the ids of what its text is read as now; its own id where the tokenizer knows it.
-        kept: of the file's tokens, those that are among them.
-        num_new: how many of them the tokenizer does not have.
+        tokens: the tokens of the file, followed by parts that they need in this tokenizer and did not need in the
+            one that they were trained with.
+        entries: for each of `tokens` the piece of the vocabulary that it is; `None` for an added token.
+        pieces: for each of `tokens` the ids that its text is read as now; its own id where the tokenizer has it.
+        kept: which of the file's tokens, by position, are among `tokens`.
+        num_new: how many of `tokens` the tokenizer does not have.
         reach: ids below this need a row; 0 where there are no tokens.
     """
 
@@ -39,15 +40,15 @@ class Arriving:
 
 
 def arriving_tokens(tokenizer: Any, stored: Sequence[dict[str, Any]], in_use: set[int]) -> Arriving:
-    """See which of a row file's tokens a tokenizer has, and plan the others.
+    """Find which of a row file's tokens a tokenizer has, and plan the entry of the others.
 
     Args:
         tokenizer: only read.
-        stored: the tokens of a row file; none where its rows go by id.
-        in_use: ids that belong to another row set; a part among them stays there.
+        stored: the tokens of a row file; none where its rows are matched by id.
+        in_use: ids that belong to another row set; a part with such an id is left to that set.
 
     Raises:
-        `PartialEmbeddingError`: tokens that cannot come into this tokenizer.
+        `PartialEmbeddingError`: tokens that cannot enter this tokenizer.
     """
     if not stored:
         return Arriving([], [], [], [], 0, 0)

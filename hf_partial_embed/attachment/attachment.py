@@ -1,10 +1,10 @@
-"""Putting trainable rows on a model and its tokenizer, and taking them off again.
+"""Attach trainable rows to a model and its tokenizer, and detach them.
 
-An `Attachment` changes things in small steps, each of which knows how to take itself back; whatever
-goes wrong on the way, the steps taken so far are undone in reverse. Steps hold data, no closures, so
-that an attachment can be deep-copied together with its model.
+An `Attachment` is a sequence of small steps, each of which can undo itself. If anything raises on the way, the steps
+done so far are undone in reverse order. Steps hold data, no closures, so that an attachment can be deep-copied
+together with its model.
 
-One file, since putting on and taking off are two directions of one way, and share its state.
+One file, since attaching and detaching run the same steps in opposite directions, and share their state.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class Attachment:
         pieces: for each token the ids of what its text was read as before it was added; `None` where the tokens
             were there already.
         entries: for each token the piece of the vocabulary that it is; `None` for an added token.
-        reuse: for each token that takes over another one the text of that, by its own.
-        trainable: whether they train at first.
+        reuse: for each token that takes over another one, by its text: the text of that other one.
+        trainable: whether the rows require grad at first.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Attachment:
         self.layout: VocabularyLayout | None = None
         self.masks: list[MaskHandle] = []
         self._row_names: dict[str, str] = {}
-        self._flags: dict[str, bool] = {}  # requires_grad of what trains, when it was taken off
+        self._flags: dict[str, bool] = {}  # requires_grad of what trains, when it was detached last
         self._digests: dict[str, dict[torch.dtype, Tensor]] = {}  # of each table, as each dtype
         self._protected: list[Any] = []
         self._steps: list[Step] = []
@@ -131,19 +131,23 @@ class Attachment:
 
     @property
     def offloaded(self) -> bool:
-        """Whether something (accelerate) holds the values of the tables or rows, which are on the meta device."""
+        """Whether tables or rows are on the meta device, since accelerate holds their values."""
         return any(table.tensor.is_meta or self.parameter(table).is_meta for table in self.trained)
 
     @property
     def sharded(self) -> bool:
-        """Whether each process holds a part of the tables or rows only."""
+        """Whether this process holds only a part of the tables or rows."""
         return any(table.sharded or self._rows_sharded(table) for table in self.trained)
 
     def apply(self, layout: VocabularyLayout | None = None) -> None:
-        """Put the rows on. On any error everything is as it was before.
+        """Attach the rows. If anything raises, everything is as it was before.
 
         Args:
-            layout: the model's layout, if the caller has just looked for it.
+            layout: the model's layout, if the caller has found it already.
+
+        Raises:
+            `PartialEmbeddingError`: rows that are in another set, or that have another strategy than the model's
+                other sets; whatever a step raises.
         """
         try:
             self._apply(layout)
@@ -185,7 +189,7 @@ class Attachment:
     def _write_rows(self, table: Table) -> None:
         """Write the rows into a table that has been grown for them."""
         rows = self.rows.get(table.name)
-        if table.role == "lookup" and rows is not None:  # what stands there is the model's, token or not
+        if table.role == "lookup" and rows is not None:  # existing rows are the model's, with or without a token
             new = [row for row, token_id in enumerate(self.ids) if token_id >= table.size]
             if new:
                 self._do(WriteRows(table, [self.ids[row] for row in new], rows[new]))
@@ -223,9 +227,9 @@ class Attachment:
         return [token_id for text in texts if (token_id := ids[text]) is not None]
 
     def _enter_pieces(self, new: set[str]) -> EnterPieces:
-        """Plan those pieces that are new over what is in the vocabulary now, and put them in.
+        """Plan the pieces that are new against the present vocabulary, and enter them.
 
-        Where another set has gone whose pieces were parts of these, they need parts of their own, which get rows.
+        Where another set was detached whose pieces were parts of these, they need parts of their own, which get rows.
         """
         missing = [piece for piece in self.entries if piece is not None and piece.text in new]
         planned = {piece.text: piece for piece in plan_again(self.tokenizer, missing)}
@@ -249,7 +253,7 @@ class Attachment:
         return step
 
     def _take_in(self, parts: list[Piece]) -> None:
-        """Give further parts rows, which start from what they are made of."""
+        """Take further parts into the set, with rows that start at the mean of what they are made of."""
         tokens = [AddedToken(part.text, normalized=True) for part in parts]
         made_of = [list(part.made_of) for part in parts]
         layout = find_layout(self.model)
@@ -328,7 +332,7 @@ class Attachment:
         return rows
 
     def current_rows(self, table: Table) -> Tensor:
-        """Values of the rows of a table, `[K, ...]`, detached copies on the CPU."""
+        """The values of a table's rows, `[K, ...]`: a detached copy on the CPU."""
         if self.attached and (self.strategy == "mask" or table not in self.trained):
             rows = table.rows(self.ids)
         else:
@@ -352,9 +356,9 @@ class Attachment:
         self._protected.append(optimizer)
 
     def verify(self) -> None:
-        """Compare the bits of all frozen rows with those at the time of attachment.
+        """Compare the bits of all frozen rows with those that they had when the rows were attached.
 
-        A table that was cast as a whole since then is compared with what the cast makes of its old values.
+        A table that was cast as a whole since then is compared with its old values, cast in the same way.
 
         Raises:
             `FrozenRowsChangedError`: names the ids of those that differ.
@@ -381,11 +385,11 @@ class Attachment:
             raise FrozenRowsChangedError(changed)
 
     def detach(self) -> None:
-        """Take the rows off: model and tokenizer are as if they had never been there."""
+        """Undo all steps: model and tokenizer are as if the rows had never been attached."""
         self._change_under_others(self._undo)
 
     def merge(self) -> None:
-        """Leave the rows in the tables, and take off everything else."""
+        """Write the rows into the tables, and undo all steps but those that last."""
         self._change_under_others(self._leave_rows)
         self._steps = []
 
@@ -399,11 +403,11 @@ class Attachment:
                 step.undo()
 
     def _change_under_others(self, change: Callable[[], None]) -> None:
-        """Take off this row set by `change`, while those that were put on after it are off.
+        """Call `change`, which removes this row set, while the sets that were attached after it are detached.
 
-        On any error all of them are put on again, this one too, as they were.
+        Those are attached again afterwards. If anything raises, all of them are, this one too, as they were.
         """
-        # No context manager: an interrupt on the way from its generator to the body of `with` goes past it.
+        # Not a context manager: it would miss an interrupt between its generator and the body of `with`.
         attached = attachments_of(self.model)
         sets = attached[attached.index(self) :]
         for attachment in sets:
@@ -428,7 +432,7 @@ class Attachment:
             raise
 
     def _own_state(self) -> tuple[dict[str, Any], dict[str, dict[torch.dtype, Tensor]]]:
-        """Which tokens and rows it has, which planning it anew can change; and its digests."""
+        """What attaching it again can change: its tokens, entries, pieces and rows; and its digests."""
         pieces = None if self.pieces is None else list(self.pieces)
         state: dict[str, Any] = {
             "tokens": list(self.tokens),
@@ -439,7 +443,7 @@ class Attachment:
         return state, self._digests
 
     def _keep_rows(self) -> None:
-        """Hold the rows' present values (and, under `"split"`, the parameters themselves)."""
+        """Keep the rows' present values (under `"split"` the parameters themselves), to attach them again."""
         self._flags = {table.name: self.parameter(table).requires_grad for table in self.trained}
         for table in self.layout.tables if self.layout else []:
             if table.name in self.rows:
@@ -447,7 +451,7 @@ class Attachment:
                 self.rows[table.name] = self.parameter(table) if split else table.rows(self.ids)
 
     def _undo(self) -> None:
-        """Take back what was done. A step that is interrupted while it is taken back begins again."""
+        """Undo all steps. A step whose undoing is interrupted is undone again before the interrupt is raised."""
         try:
             self._undo_steps()
         except BaseException:

@@ -34,14 +34,16 @@ def fit_rows(
     base_model: str | None,
     tied: bool,
 ) -> dict[str, Tensor]:
-    """Saved rows for each table of a model; what they lack is initialised from the pieces.
+    """Saved rows for each table of a model. Rows that the file does not have start at the mean of their pieces.
 
     Args:
-        values: the rows by the name that they have in a row file.
-        model, tokenizer, layout: where they are to be.
-        arriving: their tokens as they are to be here; none where rows were chosen by id. Parts that they did not need
-            where the rows come from start at the mean of what they are made of.
+        values: the rows, `[K, ...]`, by their name in a row file.
+        model, tokenizer, layout: what they are to be attached to.
+        arriving: their tokens as this tokenizer is to have them; none where rows were chosen by id.
         base_model, tied: what the row file says of the model that they were trained on.
+
+    Returns:
+        Rows by the name of their table, one for each of `arriving.tokens`.
 
     Raises:
         `PartialEmbeddingError`: rows of another width; rows for a head where the model's is tied.

@@ -1,4 +1,4 @@
-"""Making the tables of a model longer, in place, and taking that back."""
+"""Grow the tables of a model in place, and undo it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ __all__ = ["Growth", "add_spare_rows", "mean_rows"]
 
 
 class Growth:
-    """Tables that were grown in place, and how to take it back.
+    """Grow tables in place. A step of an attachment, see `steps`.
 
-    A parameter stays the same object, so whatever is tied to it grows with it, and an old row keeps
-    every bit. New rows are zero, and rows behind the vocabulary are behind it again. Each table is copied
-    once. A step of an attachment, see `steps`.
+    A parameter stays the same object, so whatever is tied to it grows with it. Old rows keep every bit, new rows are
+    zero, and a tail (`Table.tail`) is at the end again. Each table is copied once.
 
     Args:
-        layout: says which tables grow, and to what size.
+        layout: which tables grow, and to what size.
     """
 
     lasts = True
@@ -33,7 +32,7 @@ class Growth:
         self._counts: list[tuple[Any, str, int]] = []
 
     def do(self) -> None:
-        """Grow the tables of the layout, and what counts their rows."""
+        """Grow the tables of the layout, and set the integers that count their rows."""
         growing = [table for table in self._layout.tables if table.grown_size > table.size]
         for table in growing:
             tail = table.tensor.detach().narrow(table.dim, table.size - table.tail, table.tail).clone()
@@ -51,7 +50,7 @@ class Growth:
         grown = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
         grown.narrow(dim, 0, old).copy_(tensor.detach())
         grown.narrow(dim, old, new - old).zero_()
-        # They stay where they were, too: some may belong to tokens, which are known by their ids.
+        # The tail also stays in its old place: some of its rows may belong to tokens, which keep their ids.
         grown.narrow(dim, new - table.tail, table.tail).copy_(tail)
         tensor.grad = None
         tensor.data = grown
@@ -59,7 +58,7 @@ class Growth:
             note_size(module, attribute)
 
     def undo(self) -> None:
-        """Give the tables their old size and bits, and the counts their old values, as far as they were grown."""
+        """Restore the size and bits of the tables, and the counts, as far as `do` came."""
         for owner, attribute, value in reversed(self._counts):
             setattr(owner, attribute, value)
         for table, gradient, tail in reversed(self._tables):
@@ -76,7 +75,10 @@ class Growth:
 
 
 def mean_rows(table: Table, count: int) -> Tensor:
-    """Rows that no token has yet, `[count, ...]`: zeros would be large logits where logits are mostly negative."""
+    """Values for rows that no token has yet, `[count, ...]`: the mean of the old rows.
+
+    Zeros would give logits of zero, which are high where logits are mostly negative.
+    """
     old = table.tensor.detach().narrow(table.dim, 0, table.size)
     mean: Tensor = old.mean(table.dim, dtype=torch.promote_types(old.dtype, torch.float32))
     return mean.expand(count, *mean.shape)
@@ -92,7 +94,7 @@ def add_spare_rows(model: Any, size: int) -> int:
         size: rows that its tables are to have.
 
     Returns:
-        `int`: how many rows came.
+        `int`: how many rows were added.
 
     Raises:
         `PartialEmbeddingError`: the tables have as many rows already; the model cannot grow. Nothing has changed.

@@ -1,4 +1,4 @@
-"""What may be asked for when rows are attached, and whether it fits the model."""
+"""Checks of the options with which rows are attached."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_options(layout: VocabularyLayout, strategy: str, output: str | bool, dtype: torch.dtype | None) -> None:
+    """Check the options of `add_tokens` and its like against a model.
+
+    Raises:
+        `PartialEmbeddingError`: a value that is unknown, or does not fit the model.
+    """
     if strategy not in ("split", "mask"):
         raise PartialEmbeddingError(f"strategy={strategy!r} is unknown. Choose 'split' or 'mask'.")
     if output != "auto" and output is not False:

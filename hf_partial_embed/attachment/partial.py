@@ -1,6 +1,6 @@
-"""The two faces of a set of token rows: live on a model (`PartialEmbedding`), and by itself (`TokenRows`).
+"""A set of token rows: attached to a model (`PartialEmbedding`), and as values of its own (`TokenRows`).
 
-One file, since each makes the other: `partial.token_rows()` and `rows.attach(model)`.
+One file, since each class makes the other: `partial.token_rows()` and `rows.attach(model)`.
 """
 
 from __future__ import annotations
@@ -71,18 +71,17 @@ class PartialEmbedding:
 
     @property
     def entries(self) -> list[str]:
-        """How each token entered the tokenizer: `"added"`, `"vocabulary"`, or `"part"` of one that did."""
+        """How each token entered the tokenizer: `"added"`, `"vocabulary"`, or as `"part"` of one that did."""
         return [entry_of(token) for token in self._attachment.described_tokens()]
 
     def expand(self, ids: Sequence[int]) -> list[int]:
-        """Replace each new id by the ids of what its text was read as before the token was added.
+        """Replace each new id by the ids that its text was read as before the token was added.
 
         Args:
             ids: ids of a text, with or without new tokens.
 
         Returns:
-            `list[int]`: ids below the new ones, which the base model reads. Tokens that were there before
-            (`train_tokens`) stay what they are.
+            `list[int]`: ids that the base model knows. Tokens that existed before (`train_tokens`) keep their id.
         """
         pieces = self._attachment.pieces
         if pieces is None:
@@ -91,7 +90,7 @@ class PartialEmbedding:
         return [piece for token_id in ids for piece in made_of.get(token_id, (token_id,))]
 
     def vocabulary_pieces(self) -> list[tuple[int, ...]]:
-        """For each token in the vocabulary the ids that it is made of; none for added tokens."""
+        """For each token the ids that it is made of as a piece of the vocabulary; empty for an added token."""
         return [() if piece is None else piece.made_of for piece in self._attachment.entries]
 
     def evaluate(
@@ -104,10 +103,10 @@ class PartialEmbedding:
         timed_texts: int = 0,
         progress: bool = True,
     ) -> Any:
-        """Compare the model with what it was before the tokens were added, on texts; from this one live model.
+        """Compare the model, on texts, with the model that it was before the tokens were added.
 
-        The original tokenisation with the new tokens' outputs left out of the softmax is the base model, bit for
-        bit, so nothing else has to be loaded. Model and tokenizer are as they were afterwards.
+        With the original tokenisation, and the new tokens' outputs left out of the softmax, this model computes what
+        the base model does, bit for bit, so nothing else has to be loaded. Model and tokenizer are unchanged.
 
         Args:
             texts: any number of texts, with new tokens and without, none of which should have been trained on.
@@ -118,8 +117,8 @@ class PartialEmbedding:
             `EvaluationReport`: `print` it, or see `to_dict()`.
 
         Raises:
-            `PartialEmbeddingError`: there is no text; the tokens were there before; a tokenizer without a fast
-                backend; log-probabilities that are not finite.
+            `PartialEmbeddingError`: there is no text; the tokens existed before; the tokenizer has no fast backend;
+                log-probabilities are not finite.
         """
         options = {"max_length": max_length, "stride": stride, "timed_texts": timed_texts, "progress": progress}
         return _evaluate_live(self, texts, batch_size=batch_size, **options)
@@ -129,25 +128,28 @@ class PartialEmbedding:
         return self._attachment.strategy
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What trains: the rows of each table; under `"mask"` the whole tables."""
+        """The parameters that train: the rows of each table, `[K, ...]`; under `"mask"` the whole tables."""
         self._require_attached("parameters")
         for table in self._attachment.trained:
             yield self._attachment.parameter(table)
 
     def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """Parameter groups for an optimizer. Decay would pull new rows towards zero, so there is none."""
+        """Parameter groups for an optimizer. Weight decay would pull new rows towards zero, so its default is 0."""
         return [{"params": list(self.parameters()), "lr": lr, "weight_decay": weight_decay}]
 
     def requires_grad_(self, requires_grad: bool = True) -> PartialEmbedding:
-        """Let the rows train or not; needed after something else froze the whole model (PEFT does)."""
+        """Set whether the rows train; needed after something else has frozen the whole model, as PEFT does."""
         for parameter in self.parameters():
             parameter.requires_grad_(requires_grad)
         return self
 
     def protect(self, optimizer: Any) -> None:
-        """Keep frozen rows still under `"mask"` in a training loop of one's own; see `MaskHandle.protect`.
+        """Keep frozen rows unchanged under `"mask"` in your own training loop; see `MaskHandle.protect`.
 
         Call it once, before the first step. Under `"split"` it does nothing, since nothing is needed.
+
+        Raises:
+            `PartialEmbeddingError`: the optimizer does not hold the masked tables.
         """
         self._require_attached("protect")
         self._attachment.protect(optimizer)
@@ -155,41 +157,42 @@ class PartialEmbedding:
     def verify(self) -> None:
         """Check that no frozen row has changed by one bit since the rows were attached.
 
-        A cast of the whole model or table is no change: a wider dtype is compared with the old bits; a float32 table
-        that was cast to bfloat16 or float16 with its old values, rounded, and a warning says so.
+        A cast of the whole model or table is no change. A table that was cast to a wider dtype is compared with the
+        old bits; a float32 table that was cast to bfloat16 or float16 is compared with its old values, rounded, and a
+        warning says so.
 
-        In a sharded run every process calls it, and comes to the same result; a digest of each row is exchanged.
+        In a sharded run every process calls it, with the same result; digests of the rows are communicated.
 
         Raises:
-            `FrozenRowsChangedError`: names the ids of those that have.
+            `FrozenRowsChangedError`: names the ids of the rows that have changed.
         """
         self._require_attached("verify")
         self._attachment.verify()
 
     def rows_and_tables(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """What trains, each with the whole table that it belongs to."""
+        """Each parameter that trains, with the whole table that it belongs to."""
         self._require_attached("rows_and_tables")
         for table in self._attachment.trained:
             yield self._attachment.parameter(table), table.tensor
 
     def trained_tables(self) -> dict[str, Table]:
-        """The tables of which rows train, by the name that their rows have in a row file."""
+        """The tables in which rows train, by the name that their rows have in a row file."""
         self._require_attached("trained_tables")
         layout = self._attachment.layout
         keys = row_keys(layout) if layout else {}
         return {key: table for key, table in keys.items() if table in self._attachment.trained}
 
     def parameter_of(self, table: Table) -> nn.Parameter:
-        """What trains for one of them: its rows; under `"mask"` the whole of it."""
+        """The parameter that trains for one of `trained_tables`: its rows; under `"mask"` the whole table."""
         return self._attachment.parameter(table)
 
     def set_rows(self, table: Table, values: Tensor) -> None:
-        """Set the trainable rows of one of them, `[K, ...]`; on every process of a sharded run."""
+        """Set the trainable rows of one of `trained_tables`, `[K, ...]`; on every process of a sharded run."""
         self._require_attached("set_rows")
         self._attachment.set_rows(table, values)
 
     def token_rows(self) -> TokenRows:
-        """The rows as they are now: detached copies on the CPU, whole ones.
+        """The rows as they are now: detached copies on the CPU, gathered where they are sharded.
 
         In a sharded run every process calls it.
         """
@@ -208,11 +211,11 @@ class PartialEmbedding:
 
     @torch.no_grad()
     def adopt(self, rows: TokenRows, *, if_equal_rounded: bool = False) -> bool:
-        """Set the rows to the values of others of the same tokens.
+        """Set the rows to saved values of the same tokens, where they fit.
 
         Args:
             rows: the values.
-            if_equal_rounded: only if they round to the present ones in the table's dtype.
+            if_equal_rounded: set them only if they are equal to the present ones in the table's dtype.
 
         Returns:
             `bool`: whether the values were set.
@@ -240,7 +243,7 @@ class PartialEmbedding:
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Save the rows: see `TokenRows.save_pretrained`.
 
-        In a sharded run every process calls it: to the same place, each puts the same file there, whole.
+        In a sharded run every process calls it. Each writes the same whole file, so they may all give one path.
         """
         self.token_rows().save_pretrained(path)
 
@@ -287,10 +290,13 @@ class PartialEmbedding:
             return upload(folder, repo_id, commit_message=message, **options)
 
     def merge(self) -> Any:
-        """Leave the rows in plain `nn.Embedding` and `nn.Linear` modules, and take off all else.
+        """Leave the rows in the tables of an ordinary model, with the modules that it had before.
 
         Returns:
-            The model, an ordinary one. The tokenizer keeps the tokens.
+            The model. The tokenizer keeps the tokens.
+
+        Raises:
+            `PartialEmbeddingError`: the rows are not attached, or are offloaded or sharded.
         """
         self._require_attached("merge")
         self._require_whole("merge")
@@ -298,12 +304,15 @@ class PartialEmbedding:
         return self.model
 
     def detach(self) -> TokenRows:
-        """Take the rows off: model and tokenizer are as they were before, bit for bit.
+        """Remove the rows: model and tokenizer are as they were before, bit for bit.
 
-        Row sets that were attached later stay, with ids given afresh.
+        Row sets that were attached later stay attached; their ids may change.
 
         Returns:
             The rows.
+
+        Raises:
+            `PartialEmbeddingError`: the rows are not attached, or are offloaded or sharded.
         """
         self._require_attached("detach")
         self._require_whole("detach")
@@ -343,7 +352,7 @@ class PartialEmbedding:
 
 @dataclass
 class TokenRows:
-    """Rows of tokens by themselves, on the CPU: what is saved, published, and attached elsewhere.
+    """The values of token rows, on the CPU: what is saved, published, and attached to other models.
 
     Attributes:
         tokens: texts of the `K` tokens; empty where rows were chosen by id without a tokenizer.
@@ -356,6 +365,10 @@ class TokenRows:
         added_tokens: text and flags of each token.
         base_model: name of the model that the rows were trained on.
         tied: whether that model's head was tied.
+
+    Raises:
+        `PartialEmbeddingError`: another number of rows than of tokens, repeated ids, or rows that are not of a
+            floating-point dtype.
     """
 
     tokens: list[str]
@@ -416,7 +429,7 @@ class TokenRows:
 
     @property
     def entries(self) -> list[str]:
-        """How each token entered the tokenizer: `"added"`, `"vocabulary"`, or `"part"` of one that did."""
+        """How each token entered the tokenizer: `"added"`, `"vocabulary"`, or as `"part"` of one that did."""
         return [entry_of(token) for token in self.added_tokens]
 
     def __len__(self) -> int:
@@ -425,8 +438,11 @@ class TokenRows:
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Save the rows as one safetensors file, and a model card, in the folder `path`.
 
-        The file is written beside its place, brought to the disk and renamed: whatever happens on the
-        way, the old file or the new one is there, whole. A `README.md` of somebody else's is left alone.
+        The file is written under another name, synced to the disk and renamed, so that whatever happens on the way
+        either the old file or the new one is there, whole. A `README.md` that was not written here is left alone.
+
+        Raises:
+            `PartialEmbeddingError`: infinite or NaN values, or `path` is a file. Nothing is written.
         """
         self._save(Path(path), repo_id=str(path))
 
@@ -434,7 +450,7 @@ class TokenRows:
         """Save the rows as the file `path`, without a model card.
 
         Raises:
-            `PartialEmbeddingError`: infinite or NaN values; the file is as it was.
+            `PartialEmbeddingError`: infinite or NaN values. Nothing is written.
         """
         for name, rows in self.tensors().items():
             finite = torch.isfinite(rows).reshape(len(self), -1).all(1)
@@ -523,24 +539,27 @@ class TokenRows:
         dtype: torch.dtype | None = None,
         trainable: bool = True,
     ) -> PartialEmbedding:
-        """Put the rows on a model.
+        """Attach the rows to a model.
 
-        Tokens are matched by their text: those that the tokenizer knows get these rows, the others are
-        added. Rows without texts are matched by id.
+        Tokens are matched by their text: those that the tokenizer has get these rows, the others are added to it.
+        Rows without texts are matched by id.
 
         Args:
             model, tokenizer, strategy, output, dtype: as in `add_tokens`.
-            trainable: whether the rows go on training.
+            trainable: whether the rows train.
+
+        Returns:
+            The `PartialEmbedding` that is now on the model.
 
         Raises:
-            `PartialEmbeddingError`: the model's embeddings have another width, or tables that the rows
-                do not fit. Nothing has changed.
+            `PartialEmbeddingError`: the model's embeddings have another width, its head is tied and the rows have
+                output rows of their own, or tokens cannot enter the tokenizer. Nothing has changed.
         """
         tokenizer = plain_tokenizer(tokenizer, needed=bool(self.tokens))
         arriving = arriving_tokens(tokenizer, self.added_tokens, ids_in_use(model))
         layout = find_layout(model, arriving.reach or None)
         check_options(layout, strategy, output, dtype)
-        # Tokens that the tokenizer has and the table has no rows for are new: they are read as before they were added.
+        # Tokens that the tokenizer has but the table lacks are new: plan them over the tokenizer without these.
         before = without_tokens_from(tokenizer, min(table.size for table in layout.tables)) if self.tokens else None
         if before is not tokenizer and before is not None:
             arriving = arriving_tokens(before, self.added_tokens, ids_in_use(model))
@@ -574,7 +593,7 @@ def attach_rows(
     reuse: Mapping[str, str] | None = None,
     trainable: bool = True,
 ) -> PartialEmbedding:
-    """Put a set of rows on a model; see `Attachment`."""
+    """Attach a set of rows to a model; the arguments are those of `Attachment`."""
     attachment = Attachment(
         model, tokenizer, tokens=tokens, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype,
         pieces=pieces, entries=entries, reuse=reuse, trainable=trainable,

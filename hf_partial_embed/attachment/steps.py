@@ -1,4 +1,4 @@
-"""The small changes that an attachment is made of, each of which knows how to take itself back.
+"""The steps of an attachment: small changes, each of which can undo itself.
 
 They hold data, no closures, so that an attachment can be deep-copied together with its model.
 """
@@ -40,14 +40,14 @@ __all__ = [
     "WriteRows",
 ]
 
-# The attribute of a model under which its ForwardScope is kept.
+# The attribute of a model that holds its ForwardScope.
 SCOPE = "_partial_embedding_scope"
 
 
 class Step(Protocol):
-    """A change that can be taken back, also when it was done only in part, or has been taken back in part."""
+    """A change that can be undone, also if it was done, or undone, only in part."""
 
-    lasts: bool  # whether merge() leaves it
+    lasts: bool  # whether merge() leaves it done
 
     def do(self) -> None: ...
 
@@ -55,6 +55,8 @@ class Step(Protocol):
 
 
 class AddTokens:
+    """Add tokens to a tokenizer; `ids` has the ids that they got."""
+
     lasts = True
 
     def __init__(self, tokenizer: Any, tokens: list[AddedToken], places: dict[str, int] | None = None) -> None:
@@ -72,13 +74,13 @@ class AddTokens:
 
 
 class EnterPieces:
-    """Put pieces into a tokenizer's vocabulary.
+    """Enter pieces into a tokenizer's vocabulary.
 
     Args:
         tokenizer: a fast one.
         tokens: the new tokens of the set, in the order of their ids.
-        entries: for each the piece that it is, planned over what is there now; `None` for an added token, for which
-            a place is kept where pieces come behind it.
+        entries: for each the piece that it is, planned for the present vocabulary; `None` for an added token, whose id
+            is reserved where pieces come after it.
     """
 
     lasts = True
@@ -104,7 +106,7 @@ class EnterPieces:
 
 
 class RenameTokens:
-    """Give tokens of the tokenizer other names: they are taken over."""
+    """Rename tokens of the tokenizer that new tokens take over."""
 
     lasts = True
 
@@ -119,7 +121,7 @@ class RenameTokens:
 
 
 class WriteRows:
-    """Write values into a table; what stood there is kept."""
+    """Write rows into a table; the old values are kept for `undo`."""
 
     lasts = True
 
@@ -140,6 +142,8 @@ class WriteRows:
 
 
 class Freeze:
+    """Switch a parameter's `requires_grad` off."""
+
     lasts = False
 
     def __init__(self, module: nn.Module, attribute: str) -> None:
@@ -161,6 +165,8 @@ class Freeze:
 
 
 class Split:
+    """Split the modules that hold a table: its first holder owns the rows, tied ones share them."""
+
     lasts = False
 
     def __init__(self, table: Table, rows: nn.Parameter, ids: list[int], scope: ForwardScope) -> None:
@@ -191,7 +197,7 @@ class Split:
         if is_dtensor(self.table.tensor):
             shard_with(owner.new_rows, self.table.tensor)
         for module, _ in self.table.holders:
-            # A forward of its own may read the table where the model's forward is not entered.
+            # A module with a forward of its own reads the table, and may be called outside of the model's forward.
             if isinstance(module, PartialModule) and module._unsplit_class not in (nn.Embedding, nn.Linear):
                 self.scope.hook(module, self._hooks)
 
@@ -199,7 +205,7 @@ class Split:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        # The owner first: a tied module gives its rows up when the owner has none left.
+        # The owner first: a tied module drops the shared rows once the owner has none left.
         for module, names, shared in self._done:
             with _hooked_forward_kept(module):
                 unsplit_module(module, names, shared, self.ids)
@@ -207,7 +213,7 @@ class Split:
 
 
 class Mask:
-    """Mask a table's gradient; row sets on the same table let each other's rows through."""
+    """Mask a table's gradient. The masks of several row sets on one table each let the rows of all sets through."""
 
     lasts = False
 
@@ -256,7 +262,7 @@ class OpenScope:
 
 
 class HideRows:
-    """Let `save_pretrained` write the rows in the tables only, not under keys of their own."""
+    """Make `save_pretrained` write the rows in the tables only, not under keys of their own."""
 
     lasts = False
 
@@ -291,7 +297,7 @@ class HideRows:
 
 
 class _Method:
-    """A method of a model, as the instance has it while rows are attached."""
+    """Replaces a method of a model, on the instance, while rows are attached."""
 
     name: str
 
@@ -304,7 +310,7 @@ class _Method:
 
 
 class _SavePretrained(_Method):
-    """For state dicts that an engine has gathered."""
+    """Writes the rows into the tables of a state dict that an engine has gathered."""
 
     name = "save_pretrained"
 
@@ -316,7 +322,7 @@ class _SavePretrained(_Method):
 
 
 class _GatherForSave(_Method):
-    """transformers gathers the state dict of a model that it has sharded after it has left out keys."""
+    """Drops the keys of the rows once more: transformers gathers a model that it has sharded after it drops keys."""
 
     name = "gather_sharded_state_dict_for_save"
 
@@ -330,7 +336,7 @@ class _GatherForSave(_Method):
 def _write_rows_into(state_dict: dict[str, Any], model: nn.Module) -> None:
     """Write the rows of a state dict into its tables, where it has both, whole.
 
-    What an engine gathers from its parts (DeepSpeed ZeRO-3, accelerate) never came by the modules.
+    Engines (DeepSpeed ZeRO-3, accelerate) gather parameters without the modules' `state_dict`, which would do it.
 
     Args:
         state_dict: whole tensors by the names that the model has for them; tables are changed in place.
@@ -354,7 +360,7 @@ def _write_rows_into(state_dict: dict[str, Any], model: nn.Module) -> None:
 
 
 class SetAttribute:
-    """Set an attribute of the instance; where it had none, it has none afterwards."""
+    """Set an attribute on the instance; `undo` restores the old value, or removes it where there was none."""
 
     lasts = False
 
@@ -378,10 +384,10 @@ class SetAttribute:
 
 @contextmanager
 def _hooked_forward_kept(module: nn.Module) -> Iterator[None]:
-    """Let accelerate's hook call the forward of the class that the module has afterwards.
+    """Make accelerate's hook call the forward of the class that the module has after the change.
 
-    The hook stands in front of a bound method of the class that it found, kept on the instance; taking
-    the hook off leaves that method there.
+    The hook keeps the bound forward of the class that it found on the instance, where it stays when the hook is
+    removed.
     """
     before = type(module).forward
     try:

@@ -1,6 +1,6 @@
-"""Warnings of what `transformers` and `tokenizers` do, without a word, with ids that are new to them.
+"""Warnings of what `transformers` and `tokenizers` silently do wrong with new ids.
 
-Each is found by looking at the tokenizer or at the model, not by their names, and said once for all tokens.
+Each case is detected by what the tokenizer or the model does, not by their names, and logged once for all tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["warn_of_traps"]
 
 logger = logging.getLogger(__name__)
 
-# A position that is looked for by the largest id of each text, which in CLIP's vocabulary is the end token's.
+# Code that takes the position of a text's largest id for its end: in CLIP's vocabulary that is the end token.
 _LARGEST_ID = re.compile(r"input_ids(\.to\([^()]*\))?\.argmax\(")
 _LEGACY_EOS = 2  # with it CLIP and its like still look for the largest id (huggingface/transformers#24773)
 
@@ -46,7 +46,7 @@ def _other_decoding(partial: PartialEmbedding) -> str | None:
     ids = {text: i for text, i in zip(partial.tokens, partial.token_ids, strict=True) if i in added}
     try:
         decoded = tokenizer.batch_decode([[token_id] for token_id in ids.values()])
-    except Exception as error:  # noqa: BLE001  # a tokenizer of somebody else's; the rows are right all the same
+    except Exception as error:  # noqa: BLE001  # a third-party tokenizer; the rows are right all the same
         return f"{type(tokenizer).__name__} does not decode the new tokens: {type(error).__name__}: {error}."
     # Spaces at an edge are the decoder's business, for old tokens, too.
     changed = [

@@ -1,3 +1,3 @@
-"""Where a `transformers` model has its vocabulary, and how that grows."""
+"""Which tensors of a `transformers` model belong to its vocabulary, and how they grow."""
 
 from __future__ import annotations

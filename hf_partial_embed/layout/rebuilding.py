@@ -1,7 +1,7 @@
-"""How a vocabulary grows, by building the model again from its configuration, without storage.
+"""Find out how a vocabulary grows by building the model from its configuration on the meta device.
 
-It is built as it is and with a larger vocabulary; which entries of the configuration are the vocabulary's
-size is found in the same way, by what grows with each.
+The model is built as it is and with a larger vocabulary, and the shapes are compared. Which fields of the
+configuration are the vocabulary's size is found in the same way: by what grows with each of them.
 """
 
 from __future__ import annotations
@@ -37,17 +37,23 @@ __all__ = ["DifferentVocabularies", "resizing_by_building", "unread_tables"]
 
 
 class DifferentVocabularies(PartialEmbeddingError):
-    """The input embeddings and the head have tokens of their own each; no other way helps."""
+    """Input embeddings and head have different vocabularies, which no other way of looking would change."""
 
 
 def resizing_by_building(model: Any, size: int) -> Resizing:
+    """What grows in a model for a vocabulary of `size`, found by building it from its configuration.
+
+    Raises:
+        `PartialEmbeddingError`: the configuration has no vocabulary size, or something grows otherwise than by one
+            row for each token; whatever the model's constructor raises.
+    """
     root, prefix = _built_part(model)
     builds = _Builds(type(root), root.config)
     before = shapes_of(builds.build({}))
     live = dict(named_tensors(root))
     for name, shape in before.items():
         if name in live and logical_shape(*live[name]) != shape:
-            before[name] = ()  # not what the configuration says; it must not be one of the vocabulary
+            before[name] = ()  # not of the shape that the configuration builds: left out of the comparison
 
     values = _vocabulary_fields(root, builds, before, live)
     _check_one_vocabulary(model, values, root)
@@ -86,7 +92,7 @@ def _join(prefix: str, count_name: str) -> str:
 
 
 class _Builds:
-    """Models of one class without storage, for variations of one configuration."""
+    """Models of one class on the meta device, for variations of one configuration."""
 
     def __init__(self, cls: type[nn.Module], config: Any) -> None:
         self.cls = cls
@@ -94,14 +100,14 @@ class _Builds:
         self._built: dict[frozenset[tuple[Path, int]], nn.Module] = {}
 
     def configured(self, values: dict[Path, int]) -> Any:
-        """The configuration with some entries changed."""
+        """The configuration with some fields changed."""
         config = copy.deepcopy(self.config)
         for path, value in values.items():
             setattr(_follow(config, path[:-1]), path[-1], value)
         return config
 
     def build(self, values: dict[Path, int]) -> nn.Module:
-        """The model with some entries of the configuration changed."""
+        """The model with some fields of the configuration changed."""
         key = frozenset(values.items())
         if key not in self._built:
             with quiet(), torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -109,12 +115,12 @@ class _Builds:
         return self._built[key]
 
     def check(self, values: dict[Path, int]) -> None:
-        """Let the configuration say whether the values go together, as it does when it is loaded."""
+        """Run the configuration's own validation on the values, as loading it would."""
         if not hasattr(self.config, "validate"):
             return
         try:
             self.config.validate()
-        except Exception:  # noqa: BLE001  # it has something against the present ones, too
+        except Exception:  # noqa: BLE001  # it does not accept the present values either
             return
         self.configured(values).validate()
 
@@ -122,10 +128,10 @@ class _Builds:
 def _vocabulary_fields(
     root: Any, builds: _Builds, before: Shapes, live: dict[str, tuple[nn.Module, str]]
 ) -> dict[Path, int]:
-    """The entries of a configuration that are the size of the text's vocabulary, with their values.
+    """The fields of a configuration that are the size of the text vocabulary, with their values.
 
-    They are the ones with which the input embeddings, a decoder's or the head grow, and those that say
-    the same of another part of the model.
+    These are the fields with which the input embeddings, a decoder's input embeddings or the head grow, and
+    those that repeat the same size for another part of the model.
     """
     weight, head = input_weight(root), output_weight(root)
     sizes = {tensor.shape[0] for tensor in (weight, head) if isinstance(tensor, Tensor)}
@@ -156,7 +162,7 @@ def _vocabulary_fields(
         grows[path] = {name for name in grown & main if all_grown[name] == 0}
         if grows[path]:
             chosen[path] = value
-        # Without input embeddings that are known as such, any table of vectors may be the text's.
+        # Where the model does not say which its input embeddings are, any matrix may be the text's.
         tables[path] = {name for name in grown if len(before[name]) == 2 and not _is_head(live, name)}
         is_mirror = not all_grown and "vocab" in path[-1]
         if is_mirror or (path[-1].startswith("vocab_size") and len(grown) == len(all_grown)):
@@ -169,7 +175,7 @@ def _vocabulary_fields(
             f"{['.'.join(path) for path in candidates] or 'none, since none is called a vocabulary'}"
             f"{', where ' + '; '.join(refused) if refused else ''}."
         )
-    for path in list(chosen):  # a number of further rows of the same table (Molmo2) stays what it is
+    for path in list(chosen):  # a field that counts further rows of the same table (Molmo2) stays as it is
         if not path[-1].startswith("vocab_size") and any(
             grows[path] & grows[other] for other in chosen if other[-1].startswith("vocab_size")
         ):
@@ -183,10 +189,10 @@ def _vocabulary_fields(
 
 
 def _is_same_vocabulary(config: Any, path: Path, grown: set[str], known: Path, main: set[str]) -> bool:
-    """Whether an entry that has the value of a known one is meant to have it.
+    """Whether a field that has the same value as a known one is the size of the same vocabulary.
 
-    It is where nothing or a neighbour of a known table grows with it, or where the two are equal in the
-    configuration as it is by default. Else they are equal by chance, as in a small model for tests.
+    It is if nothing grows with it, or only siblings of a known table, or if both fields are equal in the default
+    configuration, too. Otherwise they are equal by chance, as in a tiny model for tests.
     """
     parents = {name.rpartition(".")[0].rpartition(".")[0] for name in main}
     if all(name.rpartition(".")[0].rpartition(".")[0] in parents for name in grown):
@@ -200,7 +206,7 @@ def _is_same_vocabulary(config: Any, path: Path, grown: set[str], known: Path, m
 
 
 def _text_tables(tables: dict[Path, set[str]], live: dict[str, tuple[nn.Module, str]]) -> list[Path]:
-    """Which sizes are those of the text's tokens, in a model that does not say where its embeddings are."""
+    """Which fields are the text vocabulary's size, in a model that does not say which its input embeddings are."""
     found = {path: names for path, names in tables.items() if names}
     if len(found) > 1:
         found = {path: names for path, names in found.items() if any("text" in part for part in path)} or found
@@ -214,10 +220,10 @@ def _text_tables(tables: dict[Path, set[str]], live: dict[str, tuple[nn.Module, 
 
 
 def _check_one_vocabulary(model: Any, values: dict[Path, int], root: Any) -> None:
-    """Refuse models whose input embeddings and head have vocabularies of their own.
+    """Refuse models whose input embeddings and head have different vocabularies.
 
-    One may be padded to a longer table (of one configuration, the input embeddings), but ids that are new
-    in one vocabulary would be tokens in the other.
+    Input embeddings padded to more rows than the head are accepted where one configuration has both sizes. In all
+    other cases an id that is new in one vocabulary would be a token of the other.
     """
     if len(set(values.values())) == 1:
         return
@@ -232,7 +238,7 @@ def _check_one_vocabulary(model: Any, values: dict[Path, int], root: Any) -> Non
 
 
 def _built_part(model: Any) -> tuple[Any, str]:
-    """The part of a model that its configuration builds, and where it is: PEFT and others wrap it."""
+    """The part of a model that its configuration builds, without wrappers such as PEFT's, and its name's prefix."""
     if not hasattr(type(model), "config_class") and hasattr(model, "get_base_model"):
         inner = model.get_base_model()
         return inner, next(f"{name}." for name, module in model.named_modules() if module is inner and name)
@@ -255,15 +261,18 @@ def _is_one_of(module: nn.Module, attribute: str, tensors: Iterable[Any]) -> boo
 
 
 def unread_tables(model: Any, names: Iterable[str]) -> set[str]:
-    """Which of several tables of embeddings a forward over token ids does not read, as far as that can be told.
+    """Which of several tables of embeddings a forward over token ids does not read, as far as that can be found out.
 
-    The forward runs without storage. Some stop where they look at a value, or want more than ids; lookups of
-    embeddings come first, so a forward that has read two tables, an encoder's and a decoder's, tells enough, and
-    else each of the two is run alone.
+    The forward runs on the meta device, where it fails if it needs a value, or more than ids. Lookups of embeddings
+    come first, so a forward that has failed after it read two tables, an encoder's and a decoder's, has told enough;
+    otherwise encoder and decoder are run one by one.
 
     Args:
         model: a model, or a wrapper of one.
-        names: of the tables, all names of each.
+        names: all names of all these tables.
+
+    Returns:
+        Names of the tables that are not read; empty where nothing is known.
     """
     root, prefix = _built_part(model)
     try:
@@ -286,19 +295,19 @@ def unread_tables(model: Any, names: Iterable[str]) -> set[str]:
 
 @torch.no_grad()
 def _runs_over_ids(skeleton: nn.Module) -> bool:
-    """Whether a forward over nothing but token ids comes to its end."""
+    """Whether a forward over token ids alone runs to its end."""
     ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")
     known = inspect.signature(skeleton.forward).parameters
     with quiet():
         try:
             skeleton(**{name: ids for name in ("input_ids", "decoder_input_ids") if name in known})
-        except Exception:  # noqa: BLE001  # for instance where it looks at a value
+        except Exception:  # noqa: BLE001  # for instance where it needs a value
             return False
     return True
 
 
 class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes which of some tensors operators are given."""
+    """Records which of the watched tensors are given to an operator."""
 
     def __init__(self, watched: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

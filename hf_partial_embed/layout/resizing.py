@@ -1,4 +1,4 @@
-"""How a vocabulary grows, by letting the model's own `resize_token_embeddings` run on a copy without storage."""
+"""Find out how a vocabulary grows by the model's own `resize_token_embeddings`, on a copy on the meta device."""
 
 from __future__ import annotations
 
@@ -17,11 +17,17 @@ from .structure import Resizing, grown_dims, input_weight, members_of, named_cou
 
 __all__ = ["REGISTRY", "resizing_by_itself"]
 
-# The attribute of a model under which its row sets are kept; a copy goes without them.
+# The attribute of a model that holds its row sets; the copy is made without them.
 REGISTRY = "_partial_embeddings"
 
 
 def resizing_by_itself(model: Any, size: int) -> Resizing:
+    """What grows in a model for a vocabulary of `size`, found by its own `resize_token_embeddings`.
+
+    Raises:
+        `PartialEmbeddingError`: it has no input embeddings, or does not grow all of its tables; whatever the model's
+            own method raises.
+    """
     weight = input_weight(model)
     if weight is None:
         raise PartialEmbeddingError("it has no input embeddings: get_input_embeddings() gives no table.")
@@ -51,7 +57,7 @@ def resizing_by_itself(model: Any, size: int) -> Resizing:
 
 
 def _copy_without_storage(model: nn.Module) -> Any:
-    """A copy on `meta`: ties, configurations and classes as they are."""
+    """A copy on the meta device, with the same ties, configurations and classes."""
     memo: dict[int, Any] = {}
     for module, attribute in itertools.chain.from_iterable(members_of(module) for module in model.modules()):
         tensor = tensor_of(module, attribute)
@@ -59,7 +65,7 @@ def _copy_without_storage(model: nn.Module) -> Any:
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
     for module in model.modules():
-        for value in module.__dict__.values():  # states that a module has kept from its last forward
+        for value in module.__dict__.values():  # tensors that a module has cached in its last forward
             for leaf in tree_leaves(value) if isinstance(value, (Tensor, list, tuple, dict)) else ():
                 if isinstance(leaf, Tensor) and id(leaf) not in memo:
                     memo[id(leaf)] = torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
@@ -72,7 +78,7 @@ def _copy_without_storage(model: nn.Module) -> Any:
 
 
 def _resize(skeleton: Any, size: int) -> None:
-    """Let `transformers` resize a copy without storage; no values are computed."""
+    """Let `transformers` resize the copy, without the initialisation of values."""
     for module in skeleton.modules():
         for name in dir(type(module)):
             if name.startswith("_init_added_") or name == "_init_weights":
@@ -84,4 +90,4 @@ def _resize(skeleton: Any, size: int) -> None:
 
 
 def _compute_nothing(*args: object, **kwargs: object) -> None:
-    """Stands for the initialisation of a copy's new rows, which have no values."""
+    """Replaces the initialisation of the copy's new rows, which have no values."""

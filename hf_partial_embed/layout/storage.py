@@ -1,7 +1,7 @@
-"""Tables whose values are not simply there: quantised ones, and ones that accelerate has put elsewhere.
+"""Tables whose parameter does not hold their values: quantised ones, and ones that accelerate has offloaded.
 
-Rows can only be added to an ordinary table. So what a quantised table stands for takes its place, and an
-offloaded one comes back to the device that computes with it, as long as rows are attached.
+Rows can only be added to an ordinary tensor. So while rows are attached, a quantised table is replaced by its
+dequantised values, and an offloaded one stays on its execution device.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ _BITSANDBYTES = ("Params4bit", "Int8Params")
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether the values are in the tensor itself, or with FSDP2 in its parts."""
+    """Whether the tensor itself holds its values, or is a DTensor."""
     return (type(tensor) in (nn.Parameter, Tensor) or is_dtensor(tensor)) and not tensor.is_meta
 
 
 def is_quantized(tensor: Tensor) -> bool:
-    """Whether a tensor stands for others: torchao's and others' classes know which, bitsandbytes' functions do."""
+    """Whether a tensor is quantised: of bitsandbytes, or of a class with a `dequantize` of its own (torchao)."""
     cls = type(tensor)
     own = cls.__mro__[: cls.__mro__.index(Tensor)] if cls is not Tensor else ()
     return cls.__name__ in _BITSANDBYTES or any("dequantize" in vars(base) for base in own)
 
 
 def tensor_of(module: nn.Module, attribute: str) -> Any:
-    """A parameter or buffer itself, past whatever a class makes of the attribute."""
+    """A parameter or buffer itself, past properties that the class has for the attribute."""
     return {**module._buffers, **module._parameters}[attribute]
 
 
 def logical_shape(module: nn.Module, attribute: str) -> tuple[int, ...]:
-    """The shape of what a parameter or buffer stands for; bitsandbytes packs two numbers into a byte."""
+    """The dequantised shape of a parameter or buffer; bitsandbytes packs two 4-bit numbers into a byte."""
     tensor = tensor_of(module, attribute)
     if tensor is None:
         return ()
@@ -52,7 +52,7 @@ def logical_shape(module: nn.Module, attribute: str) -> tuple[int, ...]:
 
 
 def offloaded_value(module: nn.Module, attribute: str) -> Tensor | None:
-    """The value of a parameter that accelerate keeps elsewhere; `None` where it does not."""
+    """The value of a parameter that accelerate has offloaded, on its execution device; `None` if it has not."""
     for hook in _hooks(module):
         weights = getattr(hook, "weights_map", None)
         if getattr(hook, "offload", False) and weights is not None and attribute in weights:
@@ -63,11 +63,11 @@ def offloaded_value(module: nn.Module, attribute: str) -> Tensor | None:
 
 
 def plain_value(module: nn.Module, attribute: str, dtype: torch.dtype | None = None) -> Tensor:
-    """What a parameter or buffer stands for, as an ordinary tensor; itself, if it is one.
+    """The values of a parameter or buffer as an ordinary tensor: loaded, dequantised, or itself if it is one.
 
     Args:
         module, attribute: where it is.
-        dtype: of what a quantised one gives.
+        dtype: of dequantised values; what `dequantize` gives if not given.
     """
     tensor = tensor_of(module, attribute)
     if tensor.is_meta and (value := offloaded_value(module, attribute)) is not None:
@@ -85,10 +85,10 @@ def plain_value(module: nn.Module, attribute: str, dtype: torch.dtype | None = N
 
 
 class PlainTables:
-    """Ordinary tables in the place of others, and how to take that back. A step of an attachment, see `steps`.
+    """Replace quantised and offloaded tables by ordinary ones. A step of an attachment, see `steps`.
 
     Args:
-        model: whose quantisation settings have to know of them.
+        model: whose quantisation config is told of them.
         holders: for each table the modules that have it, with the attribute's name.
     """
 
@@ -101,7 +101,7 @@ class PlainTables:
         self._classes: list[tuple[nn.Module, type[nn.Module]]] = []
 
     def do(self) -> None:
-        """Put ordinary tables in their places."""
+        """Replace the tables."""
         for places in self._holders:
             self._replace(self._model, places)
 
@@ -125,7 +125,7 @@ class PlainTables:
                 self._keep_plain(model, holder)
 
     def _keep_plain(self, model: Any, module: nn.Module) -> None:
-        """Tell the configuration, so that a checkpoint is loaded as it was saved."""
+        """List the module as not quantised in the quantisation config, so that a checkpoint loads as it was saved."""
         name = next(name for name, child in model.named_modules() if child is module)
         settings = getattr(model.config, "quantization_config", None)
         for key in ("llm_int8_skip_modules", "modules_to_not_convert"):
@@ -143,7 +143,7 @@ class PlainTables:
         held[name] = value
 
     def undo(self) -> None:
-        """Put the tables, classes, hooks and settings back that were there."""
+        """Restore the tables, classes, hooks and settings."""
         while self._classes:
             module, cls = self._classes[-1]
             module.__class__ = cls
@@ -155,7 +155,7 @@ class PlainTables:
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
-    """Accelerate's hooks of a module; a sequential one has several."""
+    """Accelerate's hooks of a module; a `SequentialHook` has several."""
     hook = module.__dict__.get("_hf_hook")
     if hook is not None:
         yield from getattr(hook, "hooks", (hook,))

@@ -36,15 +36,15 @@ Path = tuple[str, ...]
 
 @dataclass
 class Resizing:
-    """What has another size in a model of a larger vocabulary.
+    """What changes in a model when its vocabulary grows.
 
     Attributes:
-        tensors: for each parameter and buffer of the vocabulary, by its name: its dimension of the
-            vocabulary, and its sizes there now and in the vocabulary that was asked for.
-        tails: of those, the ones that have rows behind the vocabulary, and how many. They belong to ids
-            that the model computes from the vocabulary's size (prompts, an initial token).
-        counts: integers of modules and configurations that follow, by the names that `named_counts`
-            gives, with their values now and then.
+        tensors: for each parameter and buffer over the vocabulary, by name: the vocabulary's dimension, the size
+            in it now, and the size that was asked for.
+        tails: for those that have rows after the vocabulary's, by name: how many. These rows belong to ids that
+            the model computes from the vocabulary's size (prompts, an initial token).
+        counts: integers of modules and configurations that change with it, by their name in `named_counts`: the
+            value now and the value then.
     """
 
     tensors: dict[str, tuple[int, int, int]]
@@ -53,7 +53,7 @@ class Resizing:
 
 
 def try_call(model: nn.Module, name: str) -> Any:
-    """What a method without arguments gives; `None` where the model has no answer."""
+    """The result of a method without arguments; `None` where the model does not have or implement it."""
     try:
         return getattr(model, name)()
     except (AttributeError, NotImplementedError, TypeError):
@@ -74,8 +74,7 @@ def output_weight(model: nn.Module) -> Any:
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
     """The module and the attribute of each parameter and buffer, by every name that it has.
 
-    Where a layer of PEFT has taken the place of a module, the one inside it is meant, by the name that it
-    had before.
+    A module that a PEFT layer wraps also has the name that it had before it was wrapped.
     """
     for prefix, module in model.named_modules(remove_duplicate=False):
         for _, attribute in members_of(module):
@@ -136,7 +135,7 @@ def grown_dims(before: Shapes, after: Shapes) -> dict[str, int]:
 
 
 def config_ints(config: Any) -> Iterator[tuple[Path, int]]:
-    """Every integer of a configuration and of those inside of it, by its path."""
+    """Every integer of a configuration and of its sub-configurations, by its path."""
     for path, owner, attribute, value in _walk_config(config, (), set()):
         del owner
         yield (*path, attribute), value
@@ -147,9 +146,9 @@ _ALONE = threading.RLock()
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """What a model says while it is made concerns a model that nobody will see.
+    """Silence logging and warnings while a model is built for its shapes only.
 
-    One thread at a time: logging and warnings are switched for the whole process.
+    One thread at a time, since logging and warnings are switched for the whole process.
     """
     with _ALONE:
         before = logging.root.manager.disable

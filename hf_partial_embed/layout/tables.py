@@ -1,11 +1,11 @@
-"""Where a model has its vocabulary: which parameters have a row for each token, and what each is for.
+"""Which parameters of a model have a row for each token of its vocabulary, and what each is for.
 
-Nothing here knows an architecture by its name. What a plain load will build is said by the configuration,
-so what belongs to the vocabulary is found by building the model with a larger one, without storage
-(`rebuilding`). Where a model is not what its configuration builds (it was changed by hand, or computes with
-values when it is made), its own `resize_token_embeddings` is run on a copy without storage (`resizing`).
-Only the answer is used: the tables of the live model grow in place (`growth`), so ties, hooks and modules
-stay what they are, and a head that a checkpoint brought untied stays untied whatever the config says.
+No architecture is known by name. A checkpoint is loaded into what the configuration builds, so the tensors of the
+vocabulary are found by building the model with a larger one, on the meta device (`rebuilding`). Where that fails
+(the model was changed by hand, or its constructor computes with values), its own `resize_token_embeddings` is run
+on a copy on the meta device (`resizing`). Either way only names and sizes are taken from it: the tables of the live
+model grow in place (`growth`), so ties, hooks and modules stay what they are, and a head that a checkpoint brought
+untied stays untied whatever the config says.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class Table:
         role: `"input"` (what `get_input_embeddings()` holds), `"output"` (the head's weight, where it is
             not the input's), `"bias"` (a vector over the vocabulary), `"extra"` (any further parameter),
             `"lookup"` (integers that are looked up by token and have nothing to train), `"inert"` (grows,
-            but nothing of it is trained: a buffer, or a parameter that no forward reads).
+            but is not trained: a buffer, or a parameter that no forward reads).
         size: number of rows at present.
-        grown_size: number of rows in the vocabulary that was asked for.
-        tail: how many of its rows are behind the vocabulary; they keep their distance from its end.
+        grown_size: number of rows for the vocabulary that was asked for.
+        tail: how many of its rows come after those of the vocabulary; they stay the last ones when it grows.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Table:
         return tensor_of(*self.holders[0])
 
     def holds(self, tensor: Any) -> bool:
-        """Whether one of its holders has this very tensor."""
+        """Whether `tensor` is this table, the same object."""
         return any(tensor is tensor_of(*holder) for holder in self.holders)
 
     @property
@@ -79,14 +79,14 @@ class Table:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole of it, at present."""
+        """Its unsharded shape at present."""
         module, attribute = self.holders[0]
         source = module._row_sources.get(attribute) if isinstance(module, PartialModule) else None
         return tuple(self.tensor.shape) if source is None else source.shape
 
     @property
     def sharded(self) -> bool:
-        """Whether each process holds a part of it at the moment; then every one has to call what follows."""
+        """Whether this process holds only a part of it now; then every process has to call `values`, `rows`, ..."""
         return is_sharded(self.tensor, self.shape)
 
     def values(self) -> Tensor:
@@ -112,22 +112,22 @@ class Table:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its values; of what they are dequantised to where it is quantised."""
+        """The dtype of its values, dequantised where it is quantised."""
         dtype: torch.dtype = self.tensor.dtype
         return dtype if dtype.is_floating_point else self.values().dtype
 
 
 @dataclass(eq=False)
 class VocabularyLayout:
-    """All that has to do with the size of a model's vocabulary.
+    """All tensors and integers of a model that depend on the size of its vocabulary.
 
     Attributes:
-        tables: the parameters and buffers, the input embeddings' first.
-        counts: integers that follow the size: `(object, attribute, value at the size asked for)`, of
-            modules (`num_embeddings`, `out_features`) and configs (`vocab_size`).
+        tables: the parameters and buffers, the input embeddings first.
+        counts: the integers, of modules (`num_embeddings`, `out_features`) and configs (`vocab_size`):
+            `(object, attribute, value at the size asked for)`.
         tied: whether the head has the input embeddings' weight.
         has_head: whether the model has a head over the vocabulary.
-        reach: ids below this have a row, once the tables are grown.
+        reach: ids below it have a row once the tables are grown.
     """
 
     tables: list[Table]
@@ -148,9 +148,12 @@ def find_layout(model: nn.Module, size: int | None = None) -> VocabularyLayout:
         model: a `transformers` model, or a wrapper that passes its attributes through.
         size: the size that the vocabulary is to have, if that is more than it has.
 
+    Returns:
+        `VocabularyLayout`: what is there, and the sizes to grow to. The model has not changed.
+
     Raises:
-        `PartialEmbeddingError`: the model has no input embeddings, or none that can be found; it is
-            sharded or on the meta device. Nothing has changed.
+        `PartialEmbeddingError`: the model has no input embeddings, or none that can be found; its vocabulary cannot
+            grow; it is on the meta device, tensor parallel, held by ZeRO-3, or sharded and would have to grow.
     """
     _check_parallel(model)
     resizing = _plan_growth(model, size or 0)
@@ -205,11 +208,11 @@ def _plan_growth(model: Any, size: int) -> Resizing:
 
     Args:
         model: a `transformers` model, or a wrapper that passes its attributes through.
-        size: ids below it are to have a row, in the input embeddings and in the head. Where they have
-            that already, what belongs to the vocabulary is found all the same.
+        size: ids below it are to have a row, in the input embeddings and in the head. Where they have one already,
+            what belongs to the vocabulary is found all the same.
 
     Raises:
-        `PartialEmbeddingError`: neither way gives an answer; says what each of them met.
+        `PartialEmbeddingError`: both ways fail; the message has the error of each.
     """
     if not hasattr(model, "config") and try_call(model, "get_input_embeddings") is None:
         raise PartialEmbeddingError(
@@ -222,7 +225,7 @@ def _plan_growth(model: Any, size: int) -> Resizing:
             return plan(model, size)
         except DifferentVocabularies:
             raise
-        except Exception as error:  # noqa: BLE001  # a stranger's constructor may raise anything
+        except Exception as error:  # noqa: BLE001  # a third-party constructor may raise anything
             kind = "" if isinstance(error, PartialEmbeddingError) else f"{type(error).__name__}: "
             reasons.append(f"{kind}{error}".rstrip("."))
     raise PartialEmbeddingError(
@@ -233,10 +236,10 @@ def _plan_growth(model: Any, size: int) -> Resizing:
 
 
 def _keys(model: Any, live: dict[str, tuple[nn.Module, str]]) -> dict[str, int]:
-    """What tells of each parameter and buffer, by its name, whether it is the same as another.
+    """A key for each parameter and buffer, by name, which is equal for two names of one tensor.
 
-    That is its identity. Where accelerate keeps the values, each module has an empty one of its own, and
-    the model's list says which are tied.
+    The key is the tensor's identity. Where accelerate has offloaded the values, each module has a meta tensor of
+    its own, and `all_tied_weights_keys` says which are tied.
     """
     tensors = {name: tensor_of(*holder) for name, holder in live.items()}
     keys = {name: id(tensor) for name, tensor in tensors.items()}
@@ -250,12 +253,13 @@ _ROLES = ["input", "output", "extra", "bias", "lookup", "inert"]
 
 
 def _give_roles(model: Any, tables: dict[Table, list[str]]) -> Table | None:
-    """Say of each table, which come with their names, what it is for; returns the head's, if there is one."""
+    """Set the role of each table, given with all of its names; returns the head's table, if there is one."""
     vectors = [table for table in tables if table.is_parameter and table.tensor.dim() > 1]
     embeddings = [table for table in vectors if not _is_linear(table)]
     unread: set[str] = set()
     if len(embeddings) > 1:
-        # An untied encoder-decoder may have, beside those of its parts, a table that only a tied one reads.
+        # An untied encoder-decoder may have, beside the tables of its two parts, a shared one that only a tied model
+        # reads.
         unread = unread_tables(model, [name for table in embeddings for name in tables[table]])
         embeddings = [table for table in embeddings if not unread.issuperset(tables[table])]
     inputs = [input_weight(part) for part in (model, try_call(model, "get_encoder")) if part is not None]
@@ -286,10 +290,10 @@ def _is_linear(table: Table) -> bool:
 
 
 def _is_unread_bias(module: nn.Module, attribute: str, head: Any) -> bool:
-    """Whether a parameter of a module around the head is a second bias, which the head has of its own.
+    """Whether a parameter of a module around the head duplicates the head's own bias.
 
-    BERT and its family keep the bias twice, tied. With an untied head the outer one is read by nobody: as
-    a trainable parameter without a gradient it would stop distributed training.
+    BERT and its family register the bias twice, tied. With an untied head nothing reads the outer one; if it
+    trained, it would have no gradient, for which DDP raises an error.
     """
     own = getattr(head, "_parameters", {}).get("bias")
     tensor = module._parameters[attribute]
@@ -309,7 +313,7 @@ def _check_softmax(model: nn.Module, tables: list[Table]) -> None:
 
 
 def _check_parallel(model: Any) -> None:
-    """Refuse tensor parallelism, where a layer's parts do not see all of the rows, and what ZeRO-3 has loaded."""
+    """Refuse tensor parallelism, where a shard of a layer does not see all rows, and models loaded under ZeRO-3."""
     size = getattr(model, "_tp_size", None)
     if isinstance(size, int) and size > 1:
         raise PartialEmbeddingError(
@@ -349,7 +353,7 @@ def _check_storage(model: nn.Module, table: Table) -> None:
 
 
 def row_keys(layout: VocabularyLayout) -> dict[str, Table]:
-    """Under which name a row file has the rows of each table."""
+    """The tables that have rows, by the name under which a row file has these."""
     names = {"input": "input_rows", "output": "output_rows", "bias": "output_bias"}
     keys: dict[str, Table] = {}
     for table in layout.tables:
@@ -360,7 +364,7 @@ def row_keys(layout: VocabularyLayout) -> dict[str, Table]:
 
 
 def model_name(model: Any) -> str | None:
-    """The base model's name on the Hub, or of its folder: a path of this machine says nothing elsewhere."""
+    """The base model's name on the Hub, or that of its folder: a full path means nothing on another machine."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     if name and (os.path.isabs(name) or Path(name).exists()):
         return Path(name).name or None

@@ -1,8 +1,8 @@
-"""Plain PyTorch modules of which some rows train; does not import `transformers`."""
+"""Plain PyTorch modules in which only some rows train; does not import `transformers`."""
 
 from __future__ import annotations
 
-# They announce themselves to `splitting`, which is to know them whoever imports it.
+# Imported so that they have registered with `splitting` whoever imports that.
 from . import embedding, linear
 
 __all__ = ["embedding", "linear"]

@@ -1,4 +1,4 @@
-"""Per-row digests of a table: eight bytes a row that tell whether any of its bits has changed."""
+"""Per-row digests of a table: eight bytes per row, by which a changed bit of the row is found."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ _CHUNK_BYTES = 1 << 24
 def row_digests(table: Tensor, dim: int = 0, through: Sequence[torch.dtype] = ()) -> Tensor:
     """A 64-bit digest of the bits of each row.
 
-    The row is read as 64-bit words, and their products with fixed pseudo-random odd numbers are added
-    modulo 2**64 (multilinear hashing, as in Carter and Wegman, 1979). A change of a single word always
-    changes the digest, since an odd factor can be inverted. It guards against accidents, not forgery.
+    The row is read as a sequence of words of up to 64 bits. Each word is multiplied by a fixed pseudo-random odd
+    number, and the products are summed modulo 2**64 (multilinear hashing, as in Carter and Wegman, 1979). A change
+    of a single word always changes the digest, since multiplication by an odd number is invertible. It guards
+    against accidents, not forgery.
 
     Args:
         table (`torch.Tensor`): of any dtype, with the rows along `dim`.
         dim (`int`): the dimension of the rows.
-        through: dtypes that the values are cast to first, one after the other, some rows at a time.
+        through: dtypes to cast the values to first, in this order; done for a chunk of rows at a time.
 
     Returns:
         `torch.Tensor` of shape `(rows,)`, int64, on the CPU.
@@ -46,7 +47,7 @@ def row_digests(table: Tensor, dim: int = 0, through: Sequence[torch.dtype] = ()
     factors = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator) | 1
     factors = factors.to(table.device)
     if bits.dtype == torch.int64 and table.device.type == "cpu":
-        return torch.mv(bits, factors)  # the same sums in one pass, five times as fast; only CPUs have it
+        return torch.mv(bits, factors)  # the same sums in one pass, five times as fast; on CPUs only
     digests = torch.empty(rows, dtype=torch.int64, device=table.device)
     step = max(1, _CHUNK_BYTES // max(1, 8 * bits.shape[1]))
     for start in range(0, rows, step):
@@ -61,10 +62,10 @@ def _cast(values: Tensor, through: Sequence[torch.dtype]) -> Tensor:
 
 
 def casts_of(dtype: torch.dtype) -> list[torch.dtype]:
-    """The dtypes as which a table is to be known again: its own, and those that it is likely to be rounded to.
+    """The dtypes for which digests of a table are kept: its own, and those that it is likely to be cast down to.
 
-    A wider dtype needs no digests of its own, since it holds every old value. The 16-bit dtypes are not rounded to
-    each other in practice, and a pass over a large table for each would be paid in every `add_tokens`.
+    A wider dtype represents every old value exactly, so it needs no digests of its own. Casts between bfloat16 and
+    float16 are left out: they are rare, and each would cost every `add_tokens` one more pass over the table.
     """
     return [dtype, torch.bfloat16, torch.float16] if dtype in (torch.float32, torch.float64) else [dtype]
 
@@ -75,17 +76,17 @@ def changed_rows(
     read: Callable[[Sequence[torch.dtype]], Tensor],
     trained: Sequence[int],
 ) -> tuple[list[int], torch.dtype | None]:
-    """Rows of a table that are not what they were, a cast of the whole table aside.
+    """Find the rows of a table that have changed otherwise than by a cast of the whole table.
 
     Args:
-        before: `row_digests` of the old table, cast to each of `casts_of` its dtype, its own first.
-        now: the dtype that the table has.
-        read: gives `row_digests` of the table with this `through`.
-        trained: rows that may have changed.
+        before: `row_digests` of the old table for each dtype that `casts_of` gives, its own first.
+        now: the table's dtype now.
+        read: computes `row_digests` of the table as it is now, for a given `through`.
+        trained: ids of rows that are allowed to change.
 
     Returns:
-        Ids of the rows that have changed, and the dtype as which the table was known again; `None` if it has one
-        with which nothing can be compared.
+        Ids of the rows that have changed, and the dtype whose digests the table was compared with; `None` if the
+        table now has a dtype that none of them can be compared with.
     """
     best: tuple[list[int], torch.dtype | None] | None = None
     present = read(())
@@ -95,7 +96,7 @@ def changed_rows(
         size = len(digests)
         if dtype == now:
             differs = present[:size] != digests
-        else:  # the wider table holds the old values and nothing that the narrower dtype could not
+        else:  # widened: cast down, it has the old digests, and casting it back loses nothing
             differs = (read((dtype,))[:size] != digests) | (read((dtype, now))[:size] != present[:size])
         differs[[row for row in trained if row < size]] = False
         found = differs.nonzero().flatten().tolist()

@@ -1,4 +1,4 @@
-"""`SplitEmbedding`: an embedding of which some rows train and all others stay frozen."""
+"""`SplitEmbedding`: an embedding in which some rows train and all others stay frozen."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ __all__ = ["SplitEmbedding"]
 
 @fast_class(nn.Embedding)
 class SplitEmbedding(PartialModule, nn.Embedding):
-    """An `nn.Embedding` of which the rows `trainable_ids` train and all others are frozen.
+    """An `nn.Embedding` in which the rows `trainable_ids` train and all others are frozen.
 
     Args:
         embedding (`nn.Embedding`): the module to take over. Its weight is shared, not copied, and is
             frozen (`requires_grad=False`). A subclass keeps its own forward.
         trainable_ids (ids, in any order): the rows that train. They start at their present values.
         dtype (`torch.dtype`, *optional*): dtype of the trainable rows; the table's if not given.
-        base_size (`int`, *optional*): number of rows that the table had before it grew, for a head that
-            is tied to it; all of them if not given.
+        base_size (`int`, *optional*): number of rows that the table had before it grew, for the logits of a
+            head that is tied to it; all rows if not given.
 
     Raises:
-        `PartialEmbeddingError`: no `nn.Embedding`, or a quantised one; ids out of range or repeated; `max_norm`,
-            `sparse` or `scale_grad_by_freq` is set (the first rewrites frozen rows at every lookup, the other two
-            serve gradients of whole tables, which there are none of here).
+        `PartialEmbeddingError`: `embedding` is not an `nn.Embedding`, or is quantised; ids are out of range or
+            repeated; `max_norm`, `sparse` or `scale_grad_by_freq` is set (`max_norm` rewrites frozen rows at every
+            lookup; the other two concern the gradient of the whole table, which does not exist here).
 
     Example:
     ```python
@@ -87,9 +87,9 @@ class SplitEmbedding(PartialModule, nn.Embedding):
     ) -> SplitEmbedding:
         """Pretrained vectors that stay frozen, followed by `num_new` rows that train.
 
-        Stands where `nn.Embedding.from_pretrained(vectors)` would: ids below `len(vectors)` read the
-        frozen rows, ids from there on the trainable ones. New rows are drawn from a normal distribution
-        with the mean and the standard deviation that the vectors have in each dimension.
+        It replaces `nn.Embedding.from_pretrained(vectors)`: ids below `len(vectors)` read frozen rows, the
+        `num_new` ids after them trainable ones. The new rows are drawn from a normal distribution with the mean
+        and the standard deviation of the vectors in each dimension.
 
         Args:
             vectors (`torch.Tensor` of shape `(V, dim)`): the pretrained vectors, which are copied; or a NumPy array
@@ -98,6 +98,9 @@ class SplitEmbedding(PartialModule, nn.Embedding):
             padding_idx (`int`, *optional*): as in `nn.Embedding`, in `[-(V + num_new), V + num_new)`.
             dtype (`torch.dtype`, *optional*): dtype of the trainable rows; the vectors' if not given.
             seed (`int`): seed of the new rows' values.
+
+        Returns:
+            `SplitEmbedding` of `V + num_new` rows.
 
         Raises:
             `PartialEmbeddingError`: `vectors` is not a floating-point matrix, or `num_new` is below 1.
@@ -118,7 +121,7 @@ class SplitEmbedding(PartialModule, nn.Embedding):
 
     @classmethod
     def check_options(cls, module: Any, names: Iterable[str]) -> None:
-        """Refuse options of `nn.Embedding` that rewrite frozen rows or serve gradients of whole tables."""
+        """Refuse options of `nn.Embedding` that rewrite frozen rows or concern the gradient of the whole table."""
         if "weight" not in names:
             return
         reasons = {
@@ -147,7 +150,7 @@ class SplitEmbedding(PartialModule, nn.Embedding):
         """
         source = self._row_sources["weight"]
         table: Tensor = self.raw_table("weight")
-        # Detached, so that the rows stay still also after somebody has called model.requires_grad_(True).
+        # Detached, so that frozen rows get no gradient even after model.requires_grad_(True).
         old = F.embedding(input, table.detach())
         is_new, row = source.lookup(input)
         # As in nn.Embedding, the row at padding_idx gets no gradient.
@@ -157,10 +160,10 @@ class SplitEmbedding(PartialModule, nn.Embedding):
 
 
 def _matrix(vectors: Any) -> Tensor:
-    """Vectors as a tensor, without a copy where there need be none."""
+    """The vectors as a tensor, copied only where that is needed."""
     seen = type(vectors).__name__
     if not isinstance(vectors, Tensor):
-        # Of memory that must not be written to, such as a mapped file, as_tensor warns.
+        # as_tensor warns about read-only memory, such as a memory-mapped file.
         writable = getattr(getattr(vectors, "flags", None), "writeable", True)
         try:
             vectors = torch.as_tensor(vectors) if writable else torch.tensor(vectors)

@@ -1,4 +1,4 @@
-"""`SplitLinear`: a head of which some output rows train, and what its logits are made of."""
+"""`SplitLinear`, a head in which some output rows train, and the functions that compute its logits and gradients."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ __all__ = ["HeadOperands", "SplitLinear", "head_gradient", "head_logits", "row_c
 
 
 class HeadOperands(NamedTuple):
-    """What the logits of a head with trainable rows are computed from, all in one dtype.
+    """The operands of the logits of a head with trainable rows, all in one dtype.
 
     Attributes:
         weight (`torch.Tensor` of shape `(V, dim)`): the table, detached.
         bias (`torch.Tensor` of shape `(V,)`, *optional*): detached.
         rows (`torch.Tensor` of shape `(K, dim)`): the rows that train.
         bias_rows (`torch.Tensor` of shape `(K,)`, *optional*): their entries of the bias.
-        row_index: which ids they have.
-        ids (`torch.Tensor` of shape `(K,)`, *optional*): the same as a tensor; `None` where appended.
+        row_index: their ids.
+        ids (`torch.Tensor` of shape `(K,)`, *optional*): their ids as a tensor; `None` where `row_index.appended`.
     """
 
     weight: Tensor
@@ -48,16 +48,19 @@ class HeadOperands(NamedTuple):
 
 
 def head_logits(x: Tensor, head: HeadOperands, out: Tensor | None = None) -> Tensor:
-    """Logits from a frozen weight and trainable rows, each written once, to its place in the output.
+    """Logits from a frozen weight and trainable rows; each column is written once, to its place in the output.
 
     Args:
         x (`torch.Tensor` of shape `(N, dim)`): hidden states.
         head: the head.
-        out (`torch.Tensor` of shape `(N, V)`, *optional*): where to write them.
+        out (`torch.Tensor` of shape `(N, V)`, *optional*): where to write the logits.
+
+    Returns:
+        `torch.Tensor` of shape `(N, V)`, in the operands' dtype.
     """
     weight, bias, rows, bias_rows, index, ids = head
-    # The old columns come from a product of the size that it had before the table grew: another size
-    # may be split among kernels and threads in another way, with other last bits.
+    # The old columns come from a matmul of the size that it had before the table grew: one of another size may be
+    # split among kernels and threads differently, which changes the last bits.
     cuts = [0, index.base_size, weight.shape[0]]
     if index.appended:
         cuts = [0, index.base_size, index.start, index.stop, weight.shape[0]]
@@ -79,9 +82,15 @@ def head_logits(x: Tensor, head: HeadOperands, out: Tensor | None = None) -> Ten
 def head_gradient(
     grad: Tensor, grad_new: Tensor, weight: Tensor, rows: Tensor, index: RowIndex, ids: Tensor | None
 ) -> Tensor:
-    """The gradient of the hidden states, `(N, dim)`, from that of the logits, `(N, V)`, and its `row_columns`."""
+    """The gradient of the hidden states, `(N, dim)`.
+
+    Args:
+        grad (`torch.Tensor` of shape `(N, V)`): the gradient of the logits.
+        grad_new (`torch.Tensor` of shape `(N, K)`): its `row_columns`.
+        weight, rows, index, ids: of the head, see `HeadOperands`.
+    """
     if ids is not None:
-        # The product with the whole table counts the table's own values at the trainable ids.
+        # grad @ weight uses the table's own values at the trainable ids: add the difference to the rows.
         difference = weight.index_select(0, ids).neg_().add_(rows)
         return torch.addmm(grad @ weight, grad_new, difference)
     grad_x = grad_new @ rows
@@ -92,16 +101,16 @@ def head_gradient(
 
 
 def row_columns(grad: Tensor, index: RowIndex, ids: Tensor | None) -> Tensor:
-    """The columns of the trainable rows, `(N, K)`."""
+    """The columns of the trainable rows, `(N, K)`, of a gradient of the logits."""
     return grad[:, index.start : index.stop] if ids is None else grad.index_select(1, ids)
 
 
 class _LinearPieces(torch.autograd.Function):
     """`head_logits`, with a gradient for the hidden states and the trainable rows.
 
-    `cat` would write the logits twice, and a product with the whole table would need a `[V, dim]`
-    gradient. The frozen columns come from a product of their own, which keeps them equal to the bit to
-    those of a head without new rows.
+    `torch.cat` would write the logits twice, and a matmul with the whole table would need a `[V, dim]`
+    gradient. The frozen columns come from a matmul of their own, so they are bit-identical to those of a
+    head without new rows.
     """
 
     @staticmethod
@@ -113,7 +122,7 @@ class _LinearPieces(torch.autograd.Function):
         flat, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], weight.shape[0])
         if torch.compiler.is_compiling():
             return head_logits(flat, head).view(shape)
-        out = x.new_empty(shape)  # not a view of a flat one, on which FSDP2 and others warn of changes in place
+        out = x.new_empty(shape)  # not a view of a flat tensor: FSDP2 and others warn of in-place changes to views
         head_logits(flat, head, out=out.view(-1, shape[-1]))
         return out
 
@@ -143,7 +152,7 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None =
 
 @fast_class(nn.Linear)
 class SplitLinear(PartialModule, nn.Linear):
-    """An `nn.Linear` of which the output rows `trainable_ids` train and all others are frozen.
+    """An `nn.Linear` in which the output rows `trainable_ids` train and all others are frozen.
 
     Args:
         linear (`nn.Linear`): the module to take over, for instance a language model's head. Its weight
@@ -151,14 +160,14 @@ class SplitLinear(PartialModule, nn.Linear):
         trainable_ids (ids, in any order): the outputs whose rows (and biases) train. They start at
             their present values. Not given together with `tied_to`.
         tied_to (`SplitEmbedding`, *optional*): an embedding with the same weight, whose trainable rows
-            are to serve here too.
+            are used here, too.
         dtype (`torch.dtype`, *optional*): dtype of the trainable rows; the table's if not given.
-        base_size (`int`, *optional*): number of rows that the table had before it grew, whose outputs are
-            to be equal to the bit to those of then; all of them if not given.
+        base_size (`int`, *optional*): number of rows that the table had before it grew, whose outputs stay
+            bit-identical to what they were then; all rows if not given.
 
     Raises:
-        `PartialEmbeddingError`: no `nn.Linear`, or a quantised one; ids out of range or repeated; not exactly one
-            of `trainable_ids` and `tied_to`; `tied_to` is not split or has another weight.
+        `PartialEmbeddingError`: `linear` is not an `nn.Linear`, or is quantised; ids are out of range or repeated;
+            not exactly one of `trainable_ids` and `tied_to` is given; `tied_to` is not split or has another weight.
     """
 
     weight: Any = TableProperty("weight")
@@ -220,8 +229,8 @@ class SplitLinear(PartialModule, nn.Linear):
             input (`torch.Tensor` of shape `(..., in_features)`): for instance hidden states.
 
         Returns:
-            `torch.Tensor` of shape `(..., out_features)`: the outputs of the frozen rows are equal to
-            the bit to those of the module without trainable rows.
+            `torch.Tensor` of shape `(..., out_features)`, in the weight's dtype (autocast's, if it is on). The
+            outputs of frozen rows are bit-identical to those of the module without trainable rows.
         """
         head = self.operands(input)
         if head is None:
@@ -230,7 +239,7 @@ class SplitLinear(PartialModule, nn.Linear):
         return apply(_LinearPieces, x, *head)
 
     def operands(self, input: Tensor) -> HeadOperands | None:
-        """What the logits of `input` are computed from, in the dtype that autocast asks for, if it is on.
+        """The operands of the logits of `input`, in autocast's dtype if it is on.
 
         `None` where only the bias has trainable rows.
         """

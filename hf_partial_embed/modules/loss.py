@@ -1,11 +1,11 @@
-"""The cross-entropy of a head whose table is frozen, without its logits, in plain PyTorch.
+"""The cross-entropy of a head whose table is frozen, without keeping its logits, in plain PyTorch.
 
 The logits of `N` positions over `V` ids are the largest thing in the training of a small model, and their
-gradient and log-probabilities are as large again. Here they exist for a few positions at a time: those of
-a chunk are computed, turned into their own gradient in place and multiplied into the gradients of hidden
-states and trainable rows, all in the forward pass; the backward pass scales these. That is the scheme of
-Liger Kernel's fused linear cross-entropy (Hsu et al., 2024, arXiv:2410.10989), but the table is frozen, so
-that no gradient of its size exists either.
+gradient and log-probabilities are as large again. Here they exist for one chunk of positions at a time. In the
+forward pass the logits of a chunk are computed, turned into their gradient in place and multiplied into the
+gradients of hidden states and trainable rows; the backward pass only scales these. That is the scheme of
+Liger Kernel's fused linear cross-entropy (Hsu et al., 2024, arXiv:2410.10989). Since the table is frozen here,
+no gradient of its size exists either.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .rows import RowIndex, apply
 
 __all__ = ["CHUNK_BYTES", "CHUNK_POSITIONS", "head_operands", "linear_cross_entropy", "linear_log_probs"]
 
-# A chunk has as many positions as have 64 MiB of float32 logits, but at least 128. Measured on a CPU, at
-# vocabularies of 49 and 152 thousand: with half as many the products become slower (1.06 to 1.26 of the
-# plain loss), with twice as many little is won.
+# A chunk has as many positions as fit 64 MiB of float32 logits, but at least 128. Measured on a CPU, at
+# vocabularies of 49 and 152 thousand: with half as many positions the matmuls become slower (1.06 to 1.26 times
+# the plain loss's time), and twice as many gain little.
 CHUNK_BYTES = 1 << 26
 CHUNK_POSITIONS = 128
 
@@ -45,8 +45,8 @@ def linear_cross_entropy(
     """`F.cross_entropy(transform(head(input)), target)`, in memory that grows neither with `N × V` nor with `V × dim`.
 
     The largest tensors are the logits of a chunk of positions (`CHUNK_BYTES`), their log-probabilities, and the
-    gradient of `input`. Ignored positions are left out of all products. Numbers are computed as the plain
-    loss computes them: logits in the head's dtype (autocast's, if it is on), their softmax in float32 or better.
+    gradient of `input`. Ignored positions are left out of all matmuls. Dtypes are those of the plain loss: logits
+    in the head's dtype (autocast's, if it is on), their softmax in float32 or better.
 
     Args:
         input (`torch.Tensor` of shape `(N, dim)`): hidden states.
@@ -56,14 +56,14 @@ def linear_cross_entropy(
         ignore_index, label_smoothing: as in `F.cross_entropy`.
         z_loss: weight of the mean (or sum) of `logsumexp(logits)²`, which keeps the partition function near 1
             (Chowdhery et al., 2022, arXiv:2204.02311); 0 is none.
-        transform: what is done to logits before the loss, position by position (scaling, soft-capping).
+        transform: applied to the logits before the loss (scaling, soft-capping); each position for itself.
 
     Returns:
-        `torch.Tensor` without dimensions, in float32 or better. Its backward can run once, and cannot itself be
+        a scalar `torch.Tensor`, in float32 or better. Its backward can run once, and cannot itself be
         differentiated.
 
     Raises:
-        `PartialEmbeddingError`: a head whose whole table trains, or another `reduction`.
+        `PartialEmbeddingError`: the head's whole table trains, or it has a forward of its own; another `reduction`.
         `IndexError`: a target outside of the vocabulary.
     """
     if reduction not in ("mean", "sum"):
@@ -78,11 +78,11 @@ def linear_cross_entropy(
 def linear_log_probs(
     input: Tensor, head: nn.Linear, target: Tensor, *, transform: Transform | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Of `log_softmax(transform(head(input)))` the entry at `target` and the sum over the vocabulary.
+    """The entry at `target` and the sum over the vocabulary of `log_softmax(transform(head(input)))`.
 
-    For losses that weight positions by themselves, such as the label smoother of `transformers`. What weight a
-    position has is known in the backward pass only, so the logits of each chunk are computed again there: one more
-    product than `linear_cross_entropy` needs, in the same memory.
+    For losses that weight positions themselves, such as the label smoother of `transformers`. The weight of a
+    position is known only in the backward pass, so the logits of each chunk are computed again there: one more
+    matmul than `linear_cross_entropy` needs, in the same memory.
 
     Args:
         input (`torch.Tensor` of shape `(N, dim)`): hidden states.
@@ -91,6 +91,9 @@ def linear_log_probs(
 
     Returns:
         two `torch.Tensor` of shape `(N,)`, in float32 or better.
+
+    Raises:
+        `PartialEmbeddingError`: the head's whole table trains, or it has a forward of its own.
     """
     operands = head_operands(head, input)
     x = input.to(operands.weight.dtype) if torch.is_autocast_enabled(input.device.type) else input
@@ -100,7 +103,7 @@ def linear_log_probs(
 
 
 def head_operands(head: nn.Module, input: Tensor) -> HeadOperands:
-    """What the logits of a head are computed from, where its table is frozen.
+    """The operands of a head's logits, where its table is frozen.
 
     Raises:
         `PartialEmbeddingError`: the head has a forward of its own, or its whole table trains.
@@ -113,7 +116,7 @@ def head_operands(head: nn.Module, input: Tensor) -> HeadOperands:
         if torch.is_autocast_enabled(input.device.type):
             dtype = torch.get_autocast_dtype(input.device.type)
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        size = weight.shape[0]  # no row trains: an index of none, behind the last
+        size = weight.shape[0]  # no row trains: an empty index after the last row
         none, no_bias = weight[size:], None if bias is None else bias[size:]
         operands = HeadOperands(weight, bias, none, no_bias, RowIndex((), size), None)
     if operands is None:
@@ -147,7 +150,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 f"{size} outputs, and ignore_index={ignore_index}."
             )
         loss = x.new_zeros((), dtype=exact)
-        # Sums over many chunks: kept in float32, whatever the head's dtype.
+        # Accumulated over many chunks, so in float32 whatever the head's dtype.
         grad_x = (torch.empty_like(x) if everything else torch.zeros_like(x)) if needs_x else None
         grad_rows = rows.new_zeros(rows.shape, dtype=exact) if needs_rows else None
         grad_bias = rows.new_zeros(len(rows), dtype=exact) if needs_bias and bias_rows is not None else None
@@ -178,7 +181,7 @@ class _ChunkedLoss(torch.autograd.Function):
             if grad_x is not None:
                 grad_x[positions] = head_gradient(grad, grad_new, weight, rows, index, ids)
             _add_row_gradients(grad_new, part, grad_rows, grad_bias)
-        # No position at all: NaN, as 0 / 0 is in F.cross_entropy.
+        # Without any position the mean is NaN, as in F.cross_entropy.
         scale = 1.0 if reduction == "sum" else (1 / len(target) if len(target) else float("nan"))
         ctx.save_for_backward(grad_x, grad_rows, grad_bias)
         ctx.scale, ctx.dtype = scale if len(target) else 0.0, x.dtype
@@ -195,7 +198,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
-    """Two sums of log-probabilities for each position; the backward computes the logits again."""
+    """Forward and backward of `linear_log_probs`; the backward computes the logits again."""
 
     @staticmethod
     def forward(
@@ -236,7 +239,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
 
 class _Chunks:
-    """Log-probabilities of some positions at a time, in two buffers that all chunks share."""
+    """Log-probabilities of one chunk of positions at a time, in two buffers that all chunks share."""
 
     def __init__(self, head: HeadOperands, x: Tensor, transform: Transform | None, count: int) -> None:
         self.head, self.transform = head, transform
@@ -259,10 +262,14 @@ class _Chunks:
         return logits, torch.log_softmax(logits, 1, dtype=self.exact, out=self._log_probs[: len(part)])
 
     def of_raw_logits(self, grad: Tensor) -> Tensor:
-        """The gradient before `transform` and in the head's dtype, from that of what `log_probs` gave last."""
+        """The gradient of the logits before `transform`, in the head's dtype.
+
+        Args:
+            grad: the gradient of the logits that `log_probs` returned last.
+        """
         if self.transform is not None:
             (grad,) = torch.autograd.grad(self._out, self._leaf, grad.to(self._out.dtype))
-        # The logits are not needed any more: their buffer takes it.
+        # The logits are not needed any more: their buffer is reused.
         return grad if grad.dtype == self._logits.dtype else self._logits[: len(grad)].copy_(grad)
 
 

@@ -1,8 +1,8 @@
 """Freezing rows of an ordinary `nn.Embedding` or `nn.Linear` by masking their gradient, in plain PyTorch.
 
-The whole table stays one trainable parameter. A gradient of zero does not keep a row still by itself:
-weight decay, momentum, and moments from steps before the mask move it, and optimizers such as Muon mix
-rows. `protect` therefore writes the frozen rows back after each optimizer step.
+The whole table stays one trainable parameter. A gradient of zero alone does not keep a row unchanged: weight
+decay, momentum, and moments from steps before the mask move it, and optimizers such as Muon mix rows. So
+`protect` writes the frozen rows back after each optimizer step.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ def mask_gradients(
     trainable_ids: Iterable[int] | None = None,
     frozen_ids: Iterable[int] | None = None,
 ) -> MaskHandle:
-    """Make the gradient of frozen rows zero, from the backward on.
+    """Make the gradient of frozen rows zero, with a hook on the parameter.
 
-    Give the rows that train or the rows that do not, in any order. The bias of an `nn.Linear` is masked
-    with its weight. The gradient is assigned zeros, not multiplied by them, so that infinite or NaN
-    gradients of frozen rows vanish too; gradient clipping after the backward sees trainable rows only.
+    Give either the rows that train or those that do not. The bias of an `nn.Linear` is masked with its weight.
+    Frozen entries are set to zero, not multiplied by it, so infinite and NaN gradients are removed, too. Since
+    the hook runs in the backward, gradient clipping sees the gradient of trainable rows only.
 
     Args:
         module (`nn.Embedding` or `nn.Linear`): of any network; its weight must require grad.
-        trainable_ids: ids of the rows that train.
-        frozen_ids: ids of the rows that do not.
+        trainable_ids: ids of the rows that train, in any order.
+        frozen_ids: ids of the rows that do not, in any order.
 
     Returns:
         `MaskHandle`: call `handle.protect(optimizer)` before the first step, and `handle.remove()` to
-        take the mask off.
+        remove the mask.
 
     Raises:
         `PartialEmbeddingError`: not exactly one of the two sets of ids, ids out of range or repeated,
@@ -65,12 +65,15 @@ def mask_gradients(
 
 
 class MaskHandle:
-    """A gradient mask that is in force once it is installed; see `mask_gradients`.
+    """A gradient mask, active from `install` to `remove`; see `mask_gradients`.
 
     Args:
         tables: the module of each masked parameter, by the parameter's name.
         ids: the rows that train.
         dim: the dimension of the vocabulary in the parameters.
+
+    Raises:
+        `PartialEmbeddingError`: a parameter does not require grad, is sharded, or is not a plain `nn.Parameter`.
     """
 
     def __init__(self, tables: dict[str, nn.Module], ids: list[int], dim: int = 0) -> None:
@@ -96,25 +99,25 @@ class MaskHandle:
             self._check_whole(name)
 
     def install(self) -> MaskHandle:
-        """Put the mask on, which it is until `remove` is called."""
+        """Register the hooks; the mask is active until `remove` is called."""
         self._hook_parameters()
-        # The parameter may be exchanged (a deep copy, load_state_dict(assign=True)); the mask follows.
+        # The parameter may be replaced (deep copy, load_state_dict(assign=True)): the next forward hooks the new one.
         for module in {id(module): module for module in self._tables.values()}.values():
             self._module_hooks.append(module.register_forward_pre_hook(self._before_forward))
         return self
 
     def protect(self, optimizer: Any) -> None:
-        """Make the frozen rows stand still under `optimizer`, whatever it does.
+        """Keep the frozen rows unchanged under `optimizer`, whatever its update rule.
 
-        They are put aside before each of its steps and written back after it, bit for bit, so that
-        weight decay, momentum and stale moments do not reach them. This costs the memory of one more
-        table; `SplitEmbedding` and `SplitLinear` need nothing of the kind.
+        Step hooks save them before each step and write them back after it, bit for bit, so weight decay,
+        momentum and stale moments do not change them. This costs the memory of one more table;
+        `SplitEmbedding` and `SplitLinear` do not need it.
 
         Args:
             optimizer (`torch.optim.Optimizer`): any optimizer, or a wrapper of one.
 
         Raises:
-            `PartialEmbeddingError`: the optimizer does not hold the masked weight.
+            `PartialEmbeddingError`: the optimizer does not hold the masked weight, or is not one.
         """
         inner = unwrap_optimizer(optimizer)
         if any(inner is protection.optimizer for protection in self._protected):
@@ -130,7 +133,7 @@ class MaskHandle:
         self._protected[-1].begin()
 
     def remove(self) -> None:
-        """Take off the mask and the protection. Calling it twice does no harm."""
+        """Remove all hooks, of the mask and of its protection. Calling it twice does no harm."""
         for _, hook in self._masked.values():
             hook.remove()
         for hook in self._module_hooks:
@@ -183,8 +186,8 @@ class MaskHandle:
         return masked.index_copy_(self._dim, ids, grad.index_select(self._dim, ids))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Hooks of tensors are not copied with them, nor is a mask's protection of an optimizer that
-        # holds the original's parameters.
+        # A copied tensor has no hooks, and a protected optimizer holds the original's parameters: the copy starts
+        # without either.
         return {**self.__dict__, "_masked": {}, "_protected": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -201,7 +204,7 @@ class _Protection:
         self._hooks: list[Any] = []
 
     def begin(self) -> None:
-        """From now on, with each step of the optimizer."""
+        """Register the step hooks."""
         self._hooks.append(self.optimizer.register_step_pre_hook(self._before_step))
         self._hooks.append(self.optimizer.register_step_post_hook(self._after_step))
 
@@ -230,7 +233,11 @@ class _Protection:
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:
-    """The `torch.optim.Optimizer` inside of a wrapper such as accelerate's."""
+    """The `torch.optim.Optimizer` inside of a wrapper such as accelerate's.
+
+    Raises:
+        `PartialEmbeddingError`: it is not a `torch.optim.Optimizer`.
+    """
     while hasattr(optimizer, "optimizer"):  # accelerate's wrapper is a torch.optim.Optimizer, without hooks
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, torch.optim.Optimizer):

@@ -1,9 +1,9 @@
-"""The rows of a module that train, beside its frozen tables, in plain PyTorch.
+"""Trainable rows beside the frozen tables of a module, in plain PyTorch.
 
 A partial module keeps each whole table as one frozen parameter of the ordinary name and shape, so that
-ties, `state_dict` and everything that asks for `weight.shape` see an ordinary module. The rows that
-train are a parameter of their own, `[K, ...]`, in a child module called `new_rows`. The table's copy of
-them is written whenever somebody looks: `state_dict`, pickling, and reading `module.weight`.
+ties, `state_dict` and everything that reads `weight.shape` see an ordinary module. The rows that train are a
+parameter of their own, `[K, ...]`, in a child module called `new_rows`. Their values are written into the table
+whenever it is read: by `state_dict`, by pickling, and as `module.weight`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class NewRows(nn.Module):
     """The trainable rows of the tables of one module.
 
     There is one parameter for each table and row set: `weight` for the first set of rows of the table
-    `weight`, `weight__1` for the next. It is a module, and is called, because sharding, offloading and
-    PEFT's `modules_to_save` all work by module.
+    `weight`, `weight__1` for the next. It is a module of its own, which is called for the rows, because
+    sharding, offloading and PEFT's `modules_to_save` all work on modules.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,8 @@ class NewRows(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # A standard checkpoint has no such keys: the module above takes the rows from its table.
+        # None is reported missing: a standard checkpoint has no such keys, and the parent module then takes the rows
+        # from its table.
         missing: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
 
@@ -83,6 +84,10 @@ class RowIndex:
     Args:
         ids: the trainable ids of all row sets, one after another.
         base_size: number of rows that the table had before it grew for them.
+
+    Attributes:
+        contiguous: whether the ids are a range, in order.
+        appended: whether they are a range after all rows that the table had before it grew.
     """
 
     def __init__(self, ids: Sequence[int], base_size: int) -> None:
@@ -112,9 +117,9 @@ class RowIndex:
 class ForwardScope:
     """Counts how many of the forwards it is hooked to are running.
 
-    Inside of a forward `module.weight` is the whole table, differentiable in the trainable rows, for
-    the fused losses that read it; outside it is the parameter itself, so that ties keep their identity.
-    The hooks are bound methods so that a deep copy of the model has hooks of its own.
+    During a forward, `module.weight` is the whole table, differentiable in the trainable rows: fused losses read
+    it there. Otherwise it is the parameter itself, so that ties keep their identity. The hooks are bound methods,
+    so that a deep copy of the model has hooks of its own.
     """
 
     def __init__(self) -> None:
@@ -124,17 +129,20 @@ class ForwardScope:
         self.depth += 1
 
     def leave(self, module: nn.Module, args: object, output: object) -> None:
-        if self.depth:  # no call between reading and writing it, where another thread could come in
+        if self.depth:  # no call between reading and writing it, at which another thread could run
             self.depth -= 1
 
     def hook(self, module: nn.Module, handles: list[Any]) -> None:
-        """Count the forwards of `module`; the hooks' handles are added to `handles`, each as soon as it is there."""
+        """Count the forwards of `module`; each hook's handle is appended to `handles` as soon as it is registered."""
         handles.append(module.register_forward_pre_hook(self.enter))
         handles.append(module.register_forward_hook(self.leave, always_call=True))
 
 
 class RowSource:
-    """Where a table of a split module has its trainable rows: in which module, under which name."""
+    """Where the trainable rows of a table are: in the `new_rows` of which module, under which name; and their ids.
+
+    `shape` is the table's unsharded shape. A tied module shares the source of the module that owns the rows.
+    """
 
     def __init__(
         self, owner: PartialModule, table_name: str, index: RowIndex, shape: Sequence[int], dim: int = 0
@@ -151,19 +159,19 @@ class RowSource:
         return rows
 
     def sets(self) -> list[tuple[str, Tensor, tuple[int, ...]]]:
-        """The row sets: name in `new_rows`, parameter, and the shape of the whole of it."""
+        """The row sets: name in `new_rows`, parameter, and the parameter's unsharded shape."""
         holder = self.owner.new_rows
         return [(name, getattr(holder, name), holder.shapes[name]) for name in holder.set_names(self.table_name)]
 
     @property
     def sharded(self) -> bool:
-        """Whether each process holds a part of the rows at the moment."""
+        """Whether this process holds only a part of the rows at the moment."""
         return any(is_sharded(rows, shape) for _, rows, shape in self.sets())
 
     def whole_rows(self) -> Tensor:
-        """All trainable rows, detached; also outside of forwards where they are sharded, if every process asks."""
+        """All trainable rows, `[K, ...]`, detached. Where they are sharded, every process has to call it."""
         if not self.sharded:
-            return self.rows().detach()  # which brings them back where accelerate has put them elsewhere
+            return self.rows().detach()  # a call of new_rows, at which accelerate's hook loads offloaded rows
         return torch.cat([whole(rows, shape) for _, rows, shape in self.sets()])
 
     def lookup(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,12 +187,12 @@ class RowSource:
 
 
 class _WholeTable(torch.autograd.Function):
-    """The table with the trainable rows written in, as a view: its gradient reaches those rows."""
+    """A view of the table, with the trainable rows written in, whose gradient goes to those rows."""
 
     @staticmethod
     def forward(table: Tensor, rows: Tensor, ids: Tensor, dim: int) -> Tensor:
-        # Past the version counter: the values of a forward that still waits for its backward do not
-        # change, and if an optimizer has changed the rows since, their own counter says so.
+        # By .data, which leaves the version counter alone: for a forward whose backward is still to come the values
+        # are the same, unless an optimizer has changed the rows, and then the rows' own counter makes it raise.
         table.data.index_copy_(dim, ids, rows.detach().to(table.dtype).movedim(0, dim))
         return table.view_as(table)
 
@@ -207,11 +215,11 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
 
 
 class PartialModule(nn.Module):
-    """What every split module has, whatever it computes: some tables of which some rows train.
+    """Base class of split modules: tables in which some rows train, whatever the module computes.
 
-    A subclass of an embedding or a head that has a forward of its own, and any other module that holds
-    a parameter over the vocabulary, works through `module.<table>`, which is the whole table. The
-    forwards of `SplitEmbedding` and `SplitLinear` are the fast way for the two common operations.
+    A subclass of an embedding or a head with a forward of its own, and any other module with a parameter over the
+    vocabulary, reads `module.<table>`, which is the whole table with the rows written in. The forwards of
+    `SplitEmbedding` and `SplitLinear` do the two common operations without it.
     """
 
     _row_sources: dict[str, RowSource]
@@ -220,11 +228,11 @@ class PartialModule(nn.Module):
 
     @classmethod
     def check_options(cls, module: nn.Module, names: Iterable[str]) -> None:
-        """Refuse a module whose options cannot be had with trainable rows of the tables `names`; none, here."""
+        """Refuse a module whose options exclude trainable rows of the tables `names`; this class refuses none."""
 
     @staticmethod
     def index_buffers(table_name: str) -> tuple[str, str]:
-        """Names of the buffers that `row_buffers` gives."""
+        """Names of the buffers that `row_buffers` returns."""
         return f"_{table_name}_sorted_ids", f"_{table_name}_row_order"
 
     def row_buffers(self, table_name: str) -> tuple[Tensor, Tensor] | None:
@@ -233,7 +241,7 @@ class PartialModule(nn.Module):
         return None if sorted_ids is None or order is None else (sorted_ids, order)
 
     def raw_table(self, name: str) -> Any:
-        """The parameter itself; in a forward under FSDP1 the view of its flat one that stands for it."""
+        """The parameter itself; during a forward under FSDP1 the view of its flat parameter that replaces it."""
         return self._parameters[name] if name in self._parameters else self.__dict__[name]
 
     def table(self, name: str) -> Tensor:
@@ -243,19 +251,19 @@ class PartialModule(nn.Module):
         return table
 
     def whole_table(self, name: str) -> Tensor:
-        """What `module.<name>` gives: see `ForwardScope`."""
+        """The value of `module.<name>`: see `ForwardScope`."""
         table = self._parameters.get(name, self.__dict__.get(name))
         source = self.__dict__.get("_row_sources", {}).get(name)
-        if table is None or source is None or table.is_meta:  # offloaded: accelerate looks at it to bring it back
+        if table is None or source is None or table.is_meta:  # offloaded: accelerate reads the attribute to load it
             if name in self._parameters:
                 return table  # type: ignore[return-value]
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        if torch.compiler.is_compiling():  # no side effects in a graph; it drops what is not used
+        if torch.compiler.is_compiling():  # no side effects in a graph; the compiler drops this where it is not used
             ids = source.ids(table.device)
             return table.index_copy(source.dim, ids, source.rows().to(table.dtype).movedim(0, source.dim))
         scope = self._forward_scope
         in_forward = scope is None or scope.depth
-        if is_sharded(table, source.shape) or (source.sharded and not in_forward):  # others may not be asking
+        if is_sharded(table, source.shape) or (source.sharded and not in_forward):  # gathering needs every process
             return table
         if torch.is_grad_enabled() and in_forward:
             rows = source.rows()
@@ -276,7 +284,7 @@ class PartialModule(nn.Module):
     def read_rows(self, name: str) -> None:
         """Take the rows from the table, as after a standard checkpoint was loaded into it.
 
-        Rows that round to what the table holds are left as they are: they are the exact ones.
+        Rows that round to the table's values are kept: they are the exact ones, in a wider dtype.
         """
         source, table = self._row_sources[name], self.raw_table(name)
         stored = whole_rows(table, source.shape, source.ids(table.device), source.dim)
@@ -291,8 +299,8 @@ class PartialModule(nn.Module):
         """The tables that can be brought up to date now.
 
         Args:
-            collective: whether every process is asking. With FSDP2 all of them take part in `state_dict` and
-                `load_state_dict`; FSDP1 makes its parameters whole for these, and ZeRO-3 has ways of its own.
+            collective: whether every process calls it. Under FSDP2 all of them take part in `state_dict` and
+                `load_state_dict`; FSDP1 gathers its parameters for these, and ZeRO-3 gathers them elsewhere.
         """
         names = []
         for name, source in self._row_sources.items():
@@ -322,12 +330,12 @@ class PartialModule(nn.Module):
         return self.__dict__
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class is made at run time, so it is pickled as what it is made of.
+        # The class is made at run time, so what it is made from is pickled instead.
         names = tuple(sorted(self._table_names))
         return _rebuild, (self._make_class, self._unsplit_class, names), self.__getstate__()
 
     def __prepare_scriptable__(self) -> nn.Module:
-        # Whatever is returned here, torch.jit.script also puts in the place of this module in the model itself.
+        # torch.jit.script would replace this module, in the model itself, by whatever is returned here.
         raise PartialEmbeddingError(
             f"{type(self).__name__} cannot be compiled by torch.jit.script. Use torch.export.export, or "
             "script a copy of the model with a plain module in its place, such as "
@@ -346,15 +354,15 @@ class PartialModule(nn.Module):
 
 
 def note_size(module: nn.Module, name: str) -> None:
-    """Remember the shape of a whole table that has become longer or shorter."""
+    """Update the recorded shape of a table that has become longer or shorter."""
     if isinstance(module, PartialModule) and name in module._row_sources:
         module._row_sources[name].shape = tuple(module.raw_table(name).shape)
 
 
 class TableProperty:
-    """`module.<name>`: the whole table. Assigning a parameter goes past it, as `nn.Module` does that.
+    """The attribute `module.<name>`: the whole table. `nn.Module.__setattr__` assigns parameters without it.
 
-    A tensor is taken where there is no parameter: FSDP1 puts views of its flat parameter in the place of those.
+    A plain tensor is accepted where there is no parameter: FSDP1 replaces parameters by views of its flat one.
     """
 
     def __init__(self, name: str) -> None:

@@ -1,9 +1,8 @@
-"""Parameters of which each process holds a part: FSDP2's, FSDP1's and those of DeepSpeed ZeRO-3.
+"""Sharded parameters: FSDP2's, FSDP1's and those of DeepSpeed ZeRO-3.
 
-Each of these engines lets a process hold one stretch of the flattened parameter outside of forwards; which
-stretch is all that differs. Values are exchanged as bytes, of which the maximum is taken over the processes
-(zero where a process has nothing): that keeps every bit, whatever the dtype, and does no harm where a
-stretch is held by several processes.
+Under each of these engines a process holds one stretch of the flattened parameter outside of forwards; they differ
+only in which one. Values are gathered by an all-reduce with MAX over their bytes (zeros where a process holds
+nothing). That keeps every bit of any dtype, also where several processes hold the same stretch.
 """
 
 from __future__ import annotations
@@ -37,17 +36,17 @@ __all__ = [
     "write_rows",
 ]
 
-_PIECE = 1 << 22  # numbers at a time
+_PIECE = 1 << 22  # elements at a time
 
 
 class Part(NamedTuple):
     """The stretch of a parameter that this process holds.
 
     Attributes:
-        values (`torch.Tensor` of shape `(n,)`): the numbers themselves; writing to it changes the parameter.
-        start: place of the first one in the flattened parameter.
-        shape: of the whole parameter.
-        group: the processes that together have all of it; `None` for all there are.
+        values (`torch.Tensor` of shape `(n,)`): the elements themselves; writing to it changes the parameter.
+        start: position of the first one in the flattened parameter.
+        shape: the parameter's unsharded shape.
+        group: the process group that it is sharded over; `None` for the default group.
     """
 
     values: Tensor
@@ -57,29 +56,29 @@ class Part(NamedTuple):
 
     @property
     def width(self) -> int:
-        """How many numbers a row has."""
+        """How many elements a row has."""
         return math.prod(self.shape[1:])
 
 
 def is_sharded(parameter: Tensor, shape: Sequence[int]) -> bool:
-    """Whether this process holds a part of a parameter only, or at the moment nothing of it.
+    """Whether this process holds only a part of a parameter, or nothing of it, at the moment.
 
     Args:
         parameter: as its module has it now.
-        shape: of the whole of it.
+        shape: its unsharded shape.
     """
     if parameter.is_meta:
         return False
-    # FSDP1 frees the storage of what it has gathered, and keeps the tensor.
+    # FSDP1 frees the storage of a gathered parameter and keeps the tensor.
     freed = bool(parameter.numel()) and not is_dtensor(parameter) and not parameter.untyped_storage().size()
     return freed or is_dtensor(parameter) or tuple(parameter.shape) != tuple(shape)
 
 
 def part_of(parameter: Tensor, shape: Sequence[int]) -> Part:
-    """The part of a sharded parameter that is here. With FSDP1 every process has to call it.
+    """The part of a sharded parameter that this process holds. Under FSDP1 every process has to call it.
 
     Raises:
-        `PartialEmbeddingError`: it is sharded in another way than by rows.
+        `PartialEmbeddingError`: it is sharded otherwise than by rows, or by an engine that is not known.
     """
     shape = tuple(shape)
     if is_dtensor(parameter):
@@ -102,7 +101,7 @@ def part_of(parameter: Tensor, shape: Sequence[int]) -> Part:
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether it is sharded by FSDP2, or by tensor parallelism."""
+    """Whether it is a DTensor: sharded by FSDP2 or by tensor parallelism."""
     return hasattr(tensor, "full_tensor")
 
 
@@ -125,7 +124,7 @@ def _dtensor_part(parameter: Any, shape: tuple[int, ...]) -> Part:
 
 
 def _combine(values: Tensor, group: Any) -> Tensor:
-    """The values of all processes, each of which has zeros where another has them."""
+    """The values of all processes put together; each has zeros for what another one holds."""
     values = values.contiguous()
     device = values.device
     if device.type == "cpu" and dist.get_backend(group) == "nccl":  # offloaded
@@ -139,10 +138,10 @@ def _index(ids: Sequence[int] | Tensor, device: torch.device) -> Tensor:
 
 
 def _places(part: Part, ids: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Which numbers of rows are here, some rows at a time.
+    """Which elements of rows this process holds, a chunk of rows at a time.
 
-    Gives:
-        the rows, as a slice of `ids`; places in the flattened rows; places in `part.values`.
+    Yields:
+        the rows, as a slice of `ids`; positions in the flattened rows; positions in `part.values`.
     """
     width = part.width
     step = max(1, _PIECE // max(1, width))
@@ -156,11 +155,11 @@ def _places(part: Part, ids: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
 
 @torch.no_grad()
 def whole(parameter: Tensor, shape: Sequence[int]) -> Tensor:
-    """All of a parameter, detached, on every process; its own values where all of it is here.
+    """A parameter, gathered and detached, on every process; not a copy where it is not sharded.
 
     Args:
         parameter: as its module has it now.
-        shape: of the whole of it.
+        shape: its unsharded shape.
     """
     if not is_sharded(parameter, shape):
         return parameter.detach()
@@ -180,11 +179,11 @@ def _gathered(part: Part, ids: Tensor) -> Tensor:
 def whole_rows(parameter: Tensor, shape: Sequence[int], ids: Sequence[int] | Tensor, dim: int = 0) -> Tensor:
     """Copies of rows of a parameter, sharded or not, on every process.
 
-    What is sent is the rows, not the table; the table where its rows are not along the first dimension.
+    Of a sharded parameter only the rows are communicated; the whole of it where `dim` is not 0.
 
     Args:
         parameter: as its module has it now.
-        shape: of the whole of it.
+        shape: its unsharded shape.
         ids: which rows.
         dim: the dimension of the rows.
 
@@ -202,9 +201,9 @@ def whole_rows(parameter: Tensor, shape: Sequence[int], ids: Sequence[int] | Ten
 def write_rows(
     parameter: Tensor, shape: Sequence[int], ids: Sequence[int] | Tensor, rows: Tensor, dim: int = 0
 ) -> None:
-    """Write rows into a parameter, or into the part of it that is here, past its version counter.
+    """Write rows into a parameter, or into the part of it that this process holds, past its version counter.
 
-    Nothing is sent, but where the rows of a sharded one are not along the first dimension.
+    Nothing is communicated, except for a sharded parameter where `dim` is not 0.
 
     Args:
         parameter, shape, ids, dim: as for `whole_rows`.
@@ -227,7 +226,7 @@ def write_rows(
 
 @torch.no_grad()
 def set_whole(parameter: Tensor, shape: Sequence[int], values: Tensor) -> None:
-    """Set all of a parameter, or the part of it that is here; nothing is sent."""
+    """Set a parameter, or the part of it that this process holds, from its unsharded values; no communication."""
     if is_sharded(parameter, shape):
         write_rows(parameter, shape, range(shape[0]), values)
     else:
@@ -236,9 +235,9 @@ def set_whole(parameter: Tensor, shape: Sequence[int], values: Tensor) -> None:
 
 @torch.no_grad()
 def trained_rows(parameter: Tensor, shape: Sequence[int]) -> Tensor:
-    """What an optimizer has made of a parameter, whole and detached, on every process.
+    """The values of a parameter that the optimizer trains, gathered and detached, on every process.
 
-    DeepSpeed trains a float32 copy of what the module has in 16 bits; then that is it.
+    Where DeepSpeed trains a float32 copy of a 16-bit parameter, that copy.
     """
     if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
         deepspeed: Any = importlib.import_module("deepspeed.utils")
@@ -253,15 +252,15 @@ def trained_rows(parameter: Tensor, shape: Sequence[int]) -> Tensor:
 def gradient_norm(
     parameter: Tensor, shape: Sequence[int], dim: int = 0, ids: Sequence[int] | None = None
 ) -> float | None:
-    """The L2 norm of the gradient that a parameter has now, of all of it; `None` where it has none.
+    """The L2 norm of a parameter's present gradient, over all shards; `None` where it has no gradient.
 
-    Where it is sharded by FSDP every process has to call it, and gets the same.
+    Where it is sharded by FSDP every process has to call it, and gets the same value.
 
     Args:
         parameter: as its module has it now.
-        shape: of the whole of it.
+        shape: its unsharded shape.
         dim: the dimension of its rows.
-        ids: rows that count, where not all do and the parameter is whole.
+        ids: the rows that count, if not all; only for a parameter that is not sharded.
     """
     gradient: Any = parameter.grad
     if is_dtensor(parameter):
@@ -272,8 +271,8 @@ def gradient_norm(
         return float(
             (gradient if ids is None else gradient.index_select(dim, _index(ids, gradient.device))).float().norm()
         )
-    # FSDP1: squares, whether there is a gradient, and how many numbers there are, which is more than once
-    # all of them where the parts are replicated (HYBRID_SHARD).
+    # FSDP1: the sum of squares, whether there is a gradient, and the number of elements, in which replicated parts
+    # (HYBRID_SHARD) are counted more than once.
     square = 0.0 if gradient is None else float(gradient.float().square().sum())
     sums = torch.tensor([square, gradient is not None, parameter.numel()], dtype=torch.float64)
     if dist.get_backend() == "nccl":
@@ -285,7 +284,12 @@ def gradient_norm(
 
 @torch.no_grad()
 def from_any_process(values: Tensor | None, parameter: Any) -> Tensor | None:
-    """A whole tensor of the shape of an FSDP2 parameter, which not every process may have; `None` if none has."""
+    """Give every process a tensor that some of them have; `None` if none has it.
+
+    Args:
+        values: the tensor, or `None` on a process without it.
+        parameter: an FSDP2 parameter of this unsharded shape.
+    """
     part = part_of(parameter, parameter.shape)
     device = part.values.device
     had = _combine(torch.tensor([values is not None], dtype=torch.uint8, device=device), part.group)
@@ -297,8 +301,9 @@ def from_any_process(values: Tensor | None, parameter: Any) -> Tensor | None:
 
 @torch.no_grad()
 def sharded_row_digests(parameter: Tensor, shape: Sequence[int], through: Sequence[torch.dtype] = ()) -> Tensor:
-    """`row_digests` of a sharded table, on every process. What is sent is the digests, and rows of which no
-    process has all.
+    """`row_digests` of a sharded table, on every process.
+
+    Only digests are communicated, and those rows that are split between processes.
     """
     part = part_of(parameter, shape)
     size, width = part.shape[0], max(1, part.width)
@@ -319,7 +324,7 @@ def sharded_row_digests(parameter: Tensor, shape: Sequence[int], through: Sequen
 
 
 def shard_with(module: nn.Module, table: Any) -> None:
-    """Let FSDP2 shard a module in the way in which it has sharded a table.
+    """Shard a module by FSDP2, over the device mesh of a table.
 
     Raises:
         `PartialEmbeddingError`: the module is sharded already.
@@ -334,7 +339,7 @@ def shard_with(module: nn.Module, table: Any) -> None:
 
 
 def sharding_of(module: nn.Module, parameter: Tensor) -> str | None:
-    """Which engine shards a module's parameter, be it whole at the moment or not; `None` where none does."""
+    """The engine that shards a module's parameter, gathered at the moment or not; `None` if none does."""
     if hasattr(parameter, "ds_id"):
         return "DeepSpeed ZeRO-3"
     if is_dtensor(parameter) or getattr(module, "_is_fsdp_managed_module", False):

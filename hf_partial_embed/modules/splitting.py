@@ -1,8 +1,8 @@
-"""Letting rows of any module's tables train, in place, and taking that back.
+"""Make rows of any module's tables trainable, in place, and undo it.
 
-The module's class is exchanged for one that reads the trainable rows from the parameter `new_rows.weight`,
+The module's class is replaced by one that reads the trainable rows from the parameter `new_rows.weight`,
 `[K, dim]`, and all others from the frozen table. For embeddings and heads that is `SplitEmbedding` and
-`SplitLinear`, whose forwards allocate nothing of the table's size; they announce themselves with `fast_class`.
+`SplitLinear`, whose forwards allocate nothing of the table's size; they register with `fast_class`.
 Any other module reads the whole table, with the rows written in.
 """
 
@@ -32,12 +32,12 @@ __all__ = [
 ]
 
 
-# Which class takes the place of a class of torch.nn and its subclasses, filled where those are defined.
+# The split class for a class of torch.nn and its subclasses; filled by fast_class where split classes are defined.
 _FAST_CLASSES: dict[type[nn.Module], type[PartialModule]] = {}
 
 
 def fast_class(plain: type[nn.Module]) -> Callable[[type[Any]], type[Any]]:
-    """Class decorator: modules of class `plain` and its subclasses are split into this class."""
+    """Class decorator: register the split class for modules of class `plain` and its subclasses."""
 
     def announce(cls: type[Any]) -> type[Any]:
         cls._make_class = staticmethod(split_class)
@@ -50,8 +50,8 @@ def fast_class(plain: type[nn.Module]) -> Callable[[type[Any]], type[Any]]:
 def split_class(base: type[nn.Module], names: Iterable[str]) -> type[Any]:
     """The class that a module of class `base` gets when rows of its parameters `names` train.
 
-    A fast class (`SplitEmbedding`, `SplitLinear`) stands *between* a subclass and its `nn` base, so that a subclass
-    which scales or otherwise dresses the lookup of its base class goes on doing so.
+    A fast class (`SplitEmbedding`, `SplitLinear`) comes *between* a subclass and its `nn` base in the MRO, so that a
+    subclass that scales or otherwise changes the result of `super().forward()` still does.
     """
     if issubclass(base, PartialModule):
         names = frozenset(names) | base._table_names
@@ -93,21 +93,24 @@ def split_module(
     scope: ForwardScope | None = None,
     base_size: int | None = None,
 ) -> dict[str, str]:
-    """Let rows of a module's tables train, in place.
+    """Make rows of a module's tables trainable, in place, and freeze the tables.
 
     The module's class becomes that of `split_class`; its parameters keep their names and identity.
 
     Args:
-        module: any module; what is said of `SplitEmbedding` holds for embeddings.
+        module: any module.
         rows: the trainable rows by the name of their table, `[K, ...]` each.
         ids: the ids of the rows in the tables, in the order of the rows.
         shared: tables whose rows live in another split module (a tied head), with their source there.
         dims: dimension of the vocabulary, for tables where it is not the first.
-        scope: counts the forwards in which `module.<table>` is differentiable; always, if not given.
-        base_size: number of rows that the tables had before they grew; what they have, if not given.
+        scope: counts the forwards during which `module.<table>` is differentiable; always, if not given.
+        base_size: number of rows that the tables had before they grew; their present size if not given.
 
     Returns:
         For each table in `rows` the name that its parameter has in `module.new_rows`.
+
+    Raises:
+        `PartialEmbeddingError`: the module has options that exclude trainable rows, see `check_options`.
     """
     shared = shared or {}
     cls = split_class(type(module), {*rows, *shared})
@@ -135,7 +138,7 @@ def split_module(
 def index_rows(
     module: PartialModule, name: str, ids: Sequence[int], dim: int = 0, base_size: int | None = None
 ) -> None:
-    """Set which ids the rows of a table have; keeps the `RowSource` that tied modules share."""
+    """Set the ids of a table's trainable rows; keeps the `RowSource` object, which tied modules share."""
     table = module._parameters[name]
     assert table is not None
     if name in module._row_sources:
@@ -165,15 +168,15 @@ def next_row_name(module: nn.Module, table_name: str) -> str:
 
 
 def unsplit_module(module: nn.Module, names: dict[str, str], shared: Iterable[str], ids: Sequence[int]) -> None:
-    """Take off a row set that `split_module` has put on, be it in part, writing nothing.
+    """Undo `split_module` for one row set, also if it was done in part; no value is written.
 
-    When it is cut short it can be called again.
+    After an interrupt it can be called again.
 
     Args:
         module: the split module.
         names: what `split_module` returned.
-        shared: names of the tables whose rows live elsewhere.
-        ids: ids of the set.
+        shared: names of the tables whose rows live in another module.
+        ids: ids of the row set.
     """
     sources: dict[str, RowSource] = module.__dict__.get("_row_sources", {})
     own = set(ids)
@@ -212,10 +215,10 @@ def check_module(module: Any, plain: type[nn.Module], user: str) -> None:
     Args:
         module: what was given.
         plain: `nn.Embedding` or `nn.Linear`.
-        user: who needs it, for the message.
+        user: name of the caller, for the message.
 
     Raises:
-        `PartialEmbeddingError`: names what was given instead, and what to do with it.
+        `PartialEmbeddingError`: it is not; names what was given instead, and what to do with it.
     """
     kind = type(module).__name__
     if not isinstance(module, plain):
@@ -277,7 +280,7 @@ def check_ids(ids: Iterable[int], size: int) -> list[int]:
 
 
 def present_rows(table: Tensor, ids: Sequence[int], dtype: torch.dtype | None) -> nn.Parameter:
-    """A parameter with the values that rows of a table have now, in `dtype` (the table's if not given)."""
+    """A parameter `[K, ...]` with the present values of rows of a table, in `dtype` (the table's if not given)."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise PartialEmbeddingError(f"dtype={dtype} cannot be trained. Choose a floating-point torch.dtype.")
     index = torch.tensor(list(ids), device=table.device)

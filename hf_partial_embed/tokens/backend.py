@@ -1,13 +1,20 @@
-"""The Rust object inside of a fast tokenizer: its settings, and loading it anew in place."""
+"""The Rust object inside of a fast tokenizer: its settings, loading it anew in place, and renaming in its state."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["change_state", "changed_copy", "remove_added_tokens", "settings_kept"]
+__all__ = [
+    "change_state",
+    "changed_copy",
+    "cut_merges",
+    "remove_added_tokens",
+    "rename_vocabulary",
+    "settings_kept",
+]
 
 
 @contextmanager
@@ -77,3 +84,36 @@ def _state_and_parts(backend: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 def _set_parts(backend: Any, parts: dict[str, Any]) -> None:
     for name, part in parts.items():
         setattr(backend, name, part)
+
+
+def cut_merges(model: dict[str, Any], gone: Collection[str]) -> list[tuple[int, Any]]:
+    """Take the merges that make or use one of some tokens out of a serialised model, which lacks these tokens then.
+
+    Returns:
+        The merges with their old places, first ones first.
+    """
+    # A right part inside of a word begins with the prefix, which what the two make has only at its beginning.
+    prefix = model.get("continuing_subword_prefix") or ""
+    cut = []
+    for index, merge in enumerate(model.get("merges") or ()):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        if left in gone or right in gone or left + right.removeprefix(prefix) in gone:
+            cut.append((index, merge))
+    places = {index for index, _ in cut}
+    if cut:
+        model["merges"] = [merge for index, merge in enumerate(model["merges"]) if index not in places]
+    return cut
+
+
+def rename_vocabulary(model: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Give tokens of a serialised model's vocabulary other texts, and the same ids."""
+    vocabulary = model.get("vocab")
+    if isinstance(vocabulary, dict):
+        for old, new in names.items():
+            if old in vocabulary:
+                vocabulary[new] = vocabulary.pop(old)
+    elif vocabulary:  # Unigram: pairs of a text and its score
+        for pair in vocabulary:
+            pair[0] = names.get(pair[0], pair[0])
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]

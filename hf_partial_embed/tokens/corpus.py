@@ -13,9 +13,10 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from ..errors import PartialEmbeddingError
+from .spelling import Spelling, byte_alphabet
 from .vocabulary import plain_tokenizer
 
-__all__ = ["Reader", "byte_alphabet"]
+__all__ = ["Reader"]
 
 _BATCH = 1 << 20  # characters handed to the backend at once
 _WORD_CUT = r"▁?[\p{L}\p{M}]+|▁?[^\p{L}\p{M}▁]+|▁+"  # a word, or what stands between words
@@ -37,6 +38,7 @@ class Reader:
     def __init__(self, tokenizer: Any) -> None:
         backend = _backend(tokenizer)
         self._backend, model = backend, backend.model
+        self._spelling = Spelling(backend)
         self.kind = type(model).__name__
         if self.kind not in ("BPE", "Unigram", "WordPiece"):
             raise PartialEmbeddingError(
@@ -75,7 +77,7 @@ class Reader:
         backend, pre_tokenizer = self._backend, self._backend.pre_tokenizer
         counter = Tokenizer(models.Unigram([("\ue000 no piece \ue000", 0.0)], 0, False))
         cut = _WORD_CUT if self.kind == "Unigram" else None
-        if cut is None and len(self._pre_tokens("a a")) == 1:
+        if cut is None and len(self._spelling.pre_tokens("a a")) == 1:
             # Else whole texts would be the pre-tokens, no two of them the same. No piece reaches over these borders.
             cut = _SPACE_CUT
         if cut is not None:
@@ -162,15 +164,7 @@ class Reader:
                 return None
         elif self._marks_space:
             text = piece.replace("▁", " ")
-        return text if len(self._pre_tokens(text)) == 1 else None
-
-    def _pre_tokens(self, text: str) -> list[str]:
-        backend = self._backend
-        if backend.normalizer is not None:
-            text = backend.normalizer.normalize_str(text)
-        if backend.pre_tokenizer is None:
-            return [text]
-        return [pre_token for pre_token, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+        return text if len(self._spelling.pre_tokens(text)) == 1 else None
 
 
 def _backend(tokenizer: Any) -> Any:
@@ -217,10 +211,3 @@ def _state(part: Any) -> str:
         return json.dumps(json.loads(part.__getstate__()), ensure_ascii=False)
     except Exception:  # noqa: BLE001  # the bindings raise bare exceptions for it
         return ""
-
-
-def byte_alphabet() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for (GPT-2's `bytes_to_unicode`, inverted)."""
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {**{chr(byte): byte for byte in shown}, **{chr(256 + place): byte for place, byte in enumerate(hidden)}}

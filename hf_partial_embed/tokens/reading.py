@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
 from ..errors import PartialEmbeddingError
+from .backend import changed_copy, cut_merges, rename_vocabulary
 
 __all__ = ["Reading", "TextReader"]
 
@@ -80,22 +80,22 @@ def _reading(ids: list[int], offsets: list[tuple[int, int]], length: int) -> Rea
 def _copy(backend: Any, hidden: set[int], name: str) -> Tokenizer:
     """A backend of one's own, in which hidden tokens have names that no text contains.
 
-    They are renamed, not left out: what stands behind a gap would be given another id when it is loaded.
+    They are renamed, not left out: tokens after a gap would be given other ids when it is loaded.
     """
-    state, parts = _state(backend)
-    state.update(truncation=None, padding=None, post_processor=None)  # the last would trim spaces off the spans
-    names = {token_id: f"\uffff{token_id}\uffff" for token_id in hidden}
-    for token in state["added_tokens"]:
-        if token["id"] in hidden:
-            token.update(
-                content=names[token["id"]], special=True, normalized=False, lstrip=False, rstrip=False,
-                single_word=False,
-            )  # fmt: skip
-    if names:
-        _hide_in_model(state["model"], names)
-    copy = Tokenizer.from_str(json.dumps(state, ensure_ascii=False))
-    for part, value in parts.items():
-        setattr(copy, part, value)
+
+    def hide(state: dict[str, Any]) -> None:
+        state.update(truncation=None, padding=None, post_processor=None)  # the last would trim spaces off the spans
+        names = {text: f"\uffff{i}\uffff" for i in hidden if (text := backend.model.id_to_token(i)) is not None}
+        cut_merges(state["model"], names)
+        rename_vocabulary(state["model"], names)
+        for token in state["added_tokens"]:
+            if token["id"] in hidden:
+                token.update(
+                    content=f"\uffff{token['id']}\uffff", special=True, normalized=False, lstrip=False, rstrip=False,
+                    single_word=False,
+                )  # fmt: skip
+
+    copy: Tokenizer = changed_copy(backend, hide)
     copy.encode_special_tokens = backend.encode_special_tokens
     then = {i: token.content for i, token in backend.get_added_tokens_decoder().items() if i not in hidden}
     now = {i: token.content for i, token in copy.get_added_tokens_decoder().items() if i not in hidden}
@@ -105,38 +105,3 @@ def _copy(backend: Any, hidden: set[int], name: str) -> Tokenizer:
             "the tokenizer, load it again, and attach the tokens to that one."
         )
     return copy
-
-
-def _state(backend: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The backend's state, and those of its parts that are written in Python, which it cannot hold."""
-    try:
-        return json.loads(backend.to_str()), {}
-    except Exception:  # noqa: BLE001  # the kind of error depends on the part
-        parts = {"pre_tokenizer": backend.pre_tokenizer, "decoder": backend.decoder}
-    try:
-        backend.pre_tokenizer = backend.decoder = None
-        return json.loads(backend.to_str()), parts
-    finally:
-        for part, value in parts.items():
-            setattr(backend, part, value)
-
-
-def _hide_in_model(model: dict[str, Any], names: dict[int, str]) -> None:
-    vocab = model.get("vocab")
-    if isinstance(vocab, list):  # Unigram
-        for token_id, name in names.items():
-            if token_id < len(vocab):
-                vocab[token_id][0] = name
-        return
-    if not isinstance(vocab, dict):
-        return
-    gone = {text for text, token_id in vocab.items() if token_id in names}
-    model["vocab"] = {names.get(token_id, text): token_id for text, token_id in vocab.items()}
-    if gone and model.get("merges"):
-        prefix = model.get("continuing_subword_prefix") or ""
-        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-        model["merges"] = [
-            merge
-            for merge, (left, right) in zip(model["merges"], pairs, strict=True)
-            if gone.isdisjoint((left, right, left + right.removeprefix(prefix)))
-        ]

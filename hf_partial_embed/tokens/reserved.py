@@ -15,10 +15,10 @@ from tokenizers import AddedToken
 
 from ..errors import PartialEmbeddingError, shorten
 from .added import check_found, token_from_dict, token_to_dict
-from .backend import change_state, settings_kept
+from .backend import change_state, cut_merges, rename_vocabulary, settings_kept
 from .vocabulary import encode_all, known_id, read_all
 
-__all__ = ["Renaming", "is_reserved_name", "pieces_without", "rename_tokens", "roles_of", "tokenizer_without"]
+__all__ = ["Renaming", "is_reserved_name", "pieces_without", "roles_of", "tokenizer_without"]
 
 # `<|reserved_special_token_7|>`, `<unused0>`, `[unused1]`, `<SPECIAL_20>`, `madeupword0001`, DeepSeek's place holders.
 # T5's `<extra_id_0>` is none of them: it was trained.
@@ -112,8 +112,8 @@ class Renaming:
 
     def _rename(self, state: dict[str, Any]) -> None:
         names = {old: token.content for old, token in self.names.items()}
-        self._merges = _cut_merges(state["model"], names)
-        _rename_vocabulary(state["model"], names)
+        self._merges = cut_merges(state["model"], names)
+        rename_vocabulary(state["model"], names)
         added = {token["content"]: token for token in state["added_tokens"]}
         self._added = {old: added.pop(old, None) for old in names}
         for old, token in self.names.items():
@@ -125,7 +125,7 @@ class Renaming:
         names = {token.content: old for old, token in self.names.items()}
         present = {token["content"] for token in state["added_tokens"]}
         names = {new: old for new, old in names.items() if new in present}  # none of them, if it was not done
-        _rename_vocabulary(state["model"], names)
+        rename_vocabulary(state["model"], names)
         for index, merge in self._merges if names else ():
             state["model"]["merges"].insert(index, merge)
         added = [token for token in state["added_tokens"] if token["content"] not in names]
@@ -187,43 +187,11 @@ class Renaming:
 _PARTS = ("_special_tokens_map", "_extra_special_tokens", "init_kwargs", "chat_template")
 
 
-def rename_tokens(tokenizer: Any, names: Mapping[str, AddedToken]) -> Renaming:
-    """Give tokens other names; see `Renaming`."""
-    renaming = Renaming(tokenizer, dict(names))
-    renaming.do()
-    return renaming
-
-
 def _id_of(tokenizer: Any, text: str) -> int:
     token_id = known_id(tokenizer, text)
     if token_id is None:
         raise PartialEmbeddingError(f"{text!r} is no token of this {type(tokenizer).__name__}: it cannot be renamed.")
     return token_id
-
-
-def _cut_merges(model: dict[str, Any], names: Mapping[str, str]) -> list[tuple[int, Any]]:
-    """Take out the merges that make one of the tokens, or use it, which would name what is not there."""
-    cut = []
-    for index, merge in enumerate(model.get("merges") or ()):
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        if left in names or right in names or left + right in names:
-            cut.append((index, merge))
-    for index, _ in reversed(cut):
-        del model["merges"][index]
-    return cut
-
-
-def _rename_vocabulary(model: dict[str, Any], names: Mapping[str, str]) -> None:
-    vocabulary = model["vocab"]
-    if isinstance(vocabulary, dict):
-        for old, new in names.items():
-            if old in vocabulary:
-                vocabulary[new] = vocabulary.pop(old)
-    else:  # Unigram: pairs of a text and its score
-        for pair in vocabulary:
-            pair[0] = names.get(pair[0], pair[0])
-    if model.get("unk_token") in names:
-        model["unk_token"] = names[model["unk_token"]]
 
 
 def _rename_around(state: dict[str, Any], names: Mapping[str, str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import PartialEmbeddingError, shorten
 from .vocabulary import plain_tokenizer
 
-__all__ = ["Spelling", "word_forms"]
+__all__ = ["CONTEXTS", "Spelling", "byte_alphabet", "word_forms"]
 
 # What comes in front of a text, to see how it is spelled behind something.
 _ANCHOR = "a"
@@ -23,8 +23,11 @@ _SPACE = "▁"
 CONTEXTS = ("", "\n", "(", "1", _ANCHOR)
 
 
-def _byte_letters() -> dict[str, int]:
-    """The letters of byte-level BPE: printable bytes stand for themselves, the others for letters from 256 on."""
+def byte_alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for (GPT-2's `bytes_to_unicode`, inverted).
+
+    Printable bytes stand for themselves, the others for characters from 256 on.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {**{chr(byte): byte for byte in printable}, **{chr(256 + n): byte for n, byte in enumerate(others)}}
@@ -42,7 +45,7 @@ class Spelling:
         self._normalizer, self._pre_tokenizer = backend.normalizer, backend.pre_tokenizer
         self._anchor = "".join(self.pre_tokens(_ANCHOR))
         self.byte_level = "".join(self.pre_tokens("中")).endswith("\u00e4\u00b8\u0143")
-        self._bytes = _byte_letters() if self.byte_level else {}
+        self._bytes = byte_alphabet() if self.byte_level else {}
         with_space = self._behind_anchor(" x")
         self.marks_spaces = with_space is not None and with_space != "x"
 

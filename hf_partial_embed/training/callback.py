@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 class PartialEmbeddingCallback(TrainerCallback):
     """Takes care of token rows while a `Trainer` runs.
 
-    It gives the rows their own learning rate without weight decay, keeps frozen rows still under
+    It gives the rows their own learning rate without weight decay, keeps frozen rows unchanged under
     `strategy="mask"`, writes the row file into each checkpoint, continues with the rows' exact values
     after a resume or when the best model is loaded, and verifies the frozen rows at the end.
 
@@ -115,7 +115,7 @@ class PartialEmbeddingCallback(TrainerCallback):
         self._hooks: list[Any] = []
 
     def log_first(self, trainer: Any) -> None:
-        """Let this callback come before the Trainer's reporters, so that they see its values, too.
+        """Move this callback before the Trainer's reporters, so that they see its values, too.
 
         The Trainer calls reporters (TensorBoard, W&B, ...) before the callbacks that it was given. Its own
         `log_history` and what it prints have the values in any case.
@@ -133,7 +133,7 @@ class PartialEmbeddingCallback(TrainerCallback):
             )
 
     def _make_additions(self, outer: Sequence[nn.Module] = (), smoothing: bool = False) -> list[Addition]:
-        """What is put on the model while it trains; what it cannot have is refused here."""
+        """The additions to install while the model trains; raises where the model cannot have one."""
         additions: list[Addition] = []
         if self.chunked_loss:
             additions.append(ChunkedLoss(self.partials[0].model, outer=outer, keep_logits=smoothing))
@@ -205,7 +205,7 @@ class PartialEmbeddingCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # What check_steps cannot see of an optimizer; a step may also be skipped, for gradients that overflow.
+        # check_steps cannot see every optimizer without hooks. A step may also be skipped, for an overflow.
         if self._steps is not None and not getattr(kwargs["optimizer"], "step_was_skipped", False):
             self._steps.check_taken()
 
@@ -242,7 +242,7 @@ class PartialEmbeddingCallback(TrainerCallback):
             logger.warning("No row file was written beside this checkpoint: %s", error)
 
     def _write_rows(self, folder: Path, state: TrainerState) -> Exception | None:
-        """Write the row files into a folder; what has kept one from being written."""
+        """Write the row files into a folder; returns the error of one that could not be written."""
         failed: Exception | None = None
         for number, partial in enumerate(self.partials):
             rows = partial.token_rows()  # on every rank: a sharded run gathers here
@@ -270,7 +270,7 @@ class PartialEmbeddingCallback(TrainerCallback):
             self._verify_at_end(args, state)
 
     def _verify_at_end(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Verify all row sets; where that fails, the script may end here, so the trained rows are saved first."""
+        """Verify all row sets; if that fails the script may end here, so the trained rows are saved first."""
         try:
             for partial in self.partials:
                 partial.verify()
@@ -295,7 +295,7 @@ class PartialEmbeddingCallback(TrainerCallback):
 
 
 def _will_log(args: TrainingArguments, state: TrainerState) -> bool:
-    """Whether the step that begins is one whose values are looked at."""
+    """Whether the values of the step that begins will be logged."""
     step = state.global_step + 1
     if args.logging_strategy != IntervalStrategy.STEPS:
         return step % 50 == 0
@@ -303,7 +303,7 @@ def _will_log(args: TrainingArguments, state: TrainerState) -> bool:
 
 
 def _verify_loaded(partial: PartialEmbedding, state: TrainerState) -> None:
-    """Find the checkpoint of another base now, not after the training."""
+    """Verify after a resume, so that a checkpoint of another base model is found before the training."""
     try:
         partial.verify()
     except FrozenRowsChangedError as error:

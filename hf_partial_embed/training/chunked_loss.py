@@ -1,11 +1,11 @@
-"""Using the chunked loss inside a model's own forward, without knowing the model.
+"""Use the chunked loss inside a model's own forward, whatever the model.
 
-A model computes `logits = head(hidden)`, perhaps scales or soft-caps them, and hands them to
-`F.cross_entropy`, in its loss function or by itself. While the chunked loss is on and the forward was given
-labels, the head answers with logits that are not computed: they know their shape, remember what is done to
-them, and become a loss when `F.cross_entropy` is called with them. Whatever else is done to them is
-refused by name, so that a loss of another kind is never taken for this one. They do not leave the forward:
-its output has `logits=None`, as with other fused losses.
+A model computes `logits = head(hidden)`, perhaps scales or soft-caps them, and passes them to `F.cross_entropy`,
+in its loss function or in its forward. While the chunked loss is installed and the forward is given labels, the
+head returns deferred logits: a tensor subclass with the shape of the logits but not their values, which records
+the operations on it and turns into the loss when `F.cross_entropy` is called with it. Any other function raises an
+error that names it, so that a loss of another kind is never taken for this one. Deferred logits do not leave the
+forward: its output has `logits=None`, as with other fused losses.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ Steps = tuple[Callable[[Tensor], Tensor], ...]
 class ChunkedLoss(Addition):
     """Computes the loss of a model that has trainable rows in chunks, while it is installed.
 
-    Only forwards that are given `labels` and build a graph are changed; generation and evaluation have
-    their logits as always, and so has a compiled model. Also a context manager:
+    Only forwards that are given `labels` and build a graph are changed. Generation, evaluation and compiled models
+    compute their logits as always. Also a context manager:
 
     ```python
     with ChunkedLoss(model):
@@ -40,13 +40,13 @@ class ChunkedLoss(Addition):
 
     Args:
         model: a model with a head over its vocabulary whose table is frozen, as `add_tokens` leaves it.
-        outer: modules whose forward is called in the place of the model's (a PEFT model).
-        keep_logits: leave the logits that are not computed in the output, and take a forward without labels,
-            too: for a label smoother, which computes the loss from them afterwards.
+        outer: modules that are called instead of the model (a PEFT model).
+        keep_logits: leave deferred logits in the output, and defer them in a forward without labels, too: for a
+            label smoother, which computes the loss from them afterwards.
 
     Raises:
-        `PartialEmbeddingError`: the model has no head, its whole table trains, or it is not whole here
-            (sharded, offloaded); in a forward, a loss that is not a cross-entropy over all logits.
+        `PartialEmbeddingError`: the model has no head; its whole table trains, or is sharded, offloaded or
+            quantised; in a forward, a loss that is not a cross-entropy over all logits.
     """
 
     def __init__(self, model: nn.Module, *, outer: Sequence[nn.Module] = (), keep_logits: bool = False) -> None:
@@ -121,12 +121,12 @@ def _find_head(model: nn.Module) -> nn.Module:
             "off first, or leave chunked_loss out."
         )
     with torch.no_grad():
-        head_operands(head, weight[:1])  # says what is wrong with any other head
+        head_operands(head, weight[:1])  # raises for any other head that cannot be used
     return head
 
 
 def _without_deferred(output: Any) -> Any:
-    """The output with `None` for logits that were never computed."""
+    """The output with `None` for deferred logits."""
     if isinstance(output, ModelOutput):
         for key, value in list(output.items()):
             if isinstance(value, _Deferred):
@@ -134,20 +134,20 @@ def _without_deferred(output: Any) -> Any:
         return output
     if isinstance(output, dict):
         return {key: None if isinstance(value, _Deferred) else value for key, value in output.items()}
-    if isinstance(output, tuple):  # return_dict=False: what is None has no place in it
+    if isinstance(output, tuple):  # return_dict=False: such a tuple leaves out what is None
         return tuple(value for value in output if not isinstance(value, _Deferred))
     return output
 
 
 class _Deferred(torch.Tensor):
-    """A tensor over positions and vocabulary that is not computed: one number, expanded to its shape.
+    """A tensor over positions and vocabulary that is not computed: a scalar, expanded to its shape.
 
     Attributes:
         hidden (`torch.Tensor` of shape `(..., dim)`): the hidden states at its positions.
         head: the head.
-        steps: what is done to the logits of the head before the softmax.
-        autocast: the dtype of autocast where the head was called, if it was on.
-        owner: the model, for messages.
+        steps: the operations on the head's logits so far, to be applied before the softmax.
+        autocast: autocast's dtype when the head was called; `None` if it was off.
+        owner: the model's class name, for messages.
     """
 
     hidden: Tensor
@@ -165,16 +165,16 @@ class _Deferred(torch.Tensor):
         return made
 
     def but(self, cls: type[_Deferred] | None = None, dtype: torch.dtype | None = None, **changes: Any) -> Any:
-        """The same, with something changed."""
+        """A copy with some of its attributes changed."""
         return (cls or type(self)).make(dtype or self.dtype, **{**self.__dict__, **changes})
 
     def in_rows(self) -> tuple[Tensor, nn.Linear, Callable[[Tensor], Tensor] | None]:
-        """Hidden states `(N, dim)`, head, and what to do to the logits, if that is more than `float()`."""
+        """Hidden states `(N, dim)`, head, and the function of the logits to apply, if it is more than `float()`."""
         transform = None if all(step is _in_float32 for step in self.steps) else _Chain(self.steps)
         return self.hidden.reshape(-1, self.hidden.shape[-1]), self.head, transform
 
     def autocasting(self) -> torch.autocast:
-        """Autocast as it was where the head was called."""
+        """Autocast as it was when the head was called."""
         return torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
 
     @classmethod
@@ -196,11 +196,11 @@ class _Deferred(torch.Tensor):
 
 
 class _DeferredLogits(_Deferred):
-    """Logits."""
+    """Logits that are not computed."""
 
 
 class _DeferredLogProbs(_Deferred):
-    """`factor * log_softmax(logits)`, for a label smoother: two of its sums can be asked for."""
+    """`factor * log_softmax(logits)`, for a label smoother: `gather`, and then `sum` over the vocabulary, work."""
 
     factor: int
     total: Tensor | None
@@ -222,6 +222,7 @@ def _in_float32(values: Tensor) -> Tensor:
     return values.float()
 
 
+# Functions that need no values.
 _READS = {
     torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point, torch.is_floating_point,
     torch.Tensor.get_device, torch.Tensor.__len__,
@@ -265,7 +266,7 @@ def _float(logits: _Deferred) -> Any:
 
 
 def _to(logits: _Deferred, *args: Any, **kwargs: Any) -> Any:
-    """`to` with a dtype, a device, or both; the device can only be the one where they are."""
+    """`to` with a dtype, a device, or both; only the device on which they are."""
     sample = torch.empty(0, dtype=logits.dtype, device=logits.device).to(*args, **kwargs)
     if sample.device != logits.device:
         return NotImplemented
@@ -283,7 +284,7 @@ class _Step:
 
 
 class _ByNumber:
-    """An operation on logits and, if any, one number."""
+    """An elementwise operation on logits, with a number or without."""
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function = function
@@ -314,7 +315,7 @@ def _cross_entropy(
     options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     with input.autocasting():
         loss = linear_cross_entropy(hidden, head, target, reduction=reduction, transform=transform, **options)
-    # Under autocast a cross-entropy is computed in float32.
+    # Under autocast F.cross_entropy returns float32.
     return loss if torch.is_autocast_enabled(loss.device.type) else loss.to(input.dtype)
 
 

@@ -1,7 +1,7 @@
-"""What a person wants to know of token rows while they train.
+"""Diagnostics of token rows while they train.
 
-Everything is cheap: a step costs a look-up of the batch's ids and no synchronisation with the device;
-norms and the leak are computed only at the steps that are logged, the leak on a sample of positions.
+They are cheap: each step costs a search for the batch's ids and no synchronisation with the device. Norms and the
+leak are computed only at steps that are logged, the leak on a sample of positions.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _KEPT_IDS = 1 << 19
 class RowDiagnostics:
     """Watches the rows of one `PartialEmbedding` while a model trains.
 
-    The values, under the names that `values()` gives them:
+    The names and meanings of what `values()` returns:
 
     | name | meaning |
     | --- | --- |
@@ -65,7 +65,7 @@ class RowDiagnostics:
         self._had_labels = False
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Register the hooks."""
         device = next(self.partial.parameters()).device
         ids = torch.tensor(self.partial.token_ids, device=device)
         self._ids, self._order = ids.sort()
@@ -82,13 +82,13 @@ class RowDiagnostics:
             self._hooks.append(backbone.register_forward_hook(self._keep_hidden))
 
     def stop(self) -> None:
-        """Take all hooks off."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._kept, self._hidden = [], None, None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Whoever copies or saves the model does not copy this with it: nobody would look at what it sees.
+        # A copy or a pickle of the model, whose hooks refer to this, gets an idle one: nobody would read its values.
         return {"_hooks": []}
 
     def counts(self) -> dict[str, tuple[int, int]]:
@@ -111,7 +111,7 @@ class RowDiagnostics:
 
     @torch.no_grad()
     def look_at_gradients(self) -> None:
-        """Take the norm of the gradients that are there now, if this step is one to be logged; on every process."""
+        """Record the norm of the present gradients, if this step is to be logged; call it on every process."""
         if not self.sampling:
             return
         found = [self._gradient_norm(table) for table in self.partial.trained_tables().values()]
@@ -120,7 +120,7 @@ class RowDiagnostics:
             self._gradient = math.hypot(*norms)
 
     def values(self) -> dict[str, float]:
-        """The values to be logged, see above; those that are not known are left out."""
+        """The values to be logged, see the class; those that are not known are left out."""
         found: dict[str, float] = {}
         if self._gradient is not None:
             found["grad_norm"] = self._gradient
@@ -146,7 +146,7 @@ class RowDiagnostics:
         return found
 
     def end_of_epoch(self) -> None:
-        """After the first epoch, warn of tokens that the data does not have, or has under other ids."""
+        """After the first epoch, warn of tokens that are not in the data, or are in it as other ids."""
         kept, self._kept = self._kept, None
         if kept is None or not self._watched:
             return
@@ -188,7 +188,7 @@ class RowDiagnostics:
             step = max(1, table.size // _SAMPLED_NORMS)
             ids = [token_id for token_id in range(0, table.size, step) if token_id not in new]
             norms = table.rows(ids).float().norm(dim=1)
-            yield key, sorted(norms[norms > 0].tolist())  # rows of zeros are padding and spare places
+            yield key, sorted(norms[norms > 0].tolist())  # rows of zeros are padding or unused
 
     def _gradient_norm(self, table: Any) -> float | None:
         parameter, ids = self.partial.parameter_of(table), self.partial.token_ids
@@ -233,12 +233,12 @@ class RowDiagnostics:
         model = self.partial.model
         causal = not model.config.is_encoder_decoder and bool(getattr(model, "can_generate", lambda: False)())
         logits = output.get("logits") if hasattr(output, "get") else None
-        # A subclass stands for logits that a chunked loss has not computed.
+        # A tensor subclass: logits that a chunked loss has not computed.
         has_logits = type(logits) is Tensor
         states = logits if has_logits else hidden if causal else None
         if states is None or states.dim() != 3 or states.shape[:2] != labels.shape:
             return
-        if not has_logits:  # a fused loss: the head is asked for the sample
+        if not has_logits:  # a fused loss: the head computes those of the sample
             if self._asked_head or not _can_be_asked(model.get_output_embeddings()):
                 return
             self._asked_head = True
@@ -250,15 +250,15 @@ class RowDiagnostics:
         if len(positions):
             positions = positions[:: -(-len(positions) // _SAMPLED_POSITIONS)]
             sample = states.reshape(-1, states.shape[-1])[positions]
-        # Where the head is sharded it runs on all processes together: at the same forward, and with any position
-        # on a process that has none of these.
+        # A sharded head has to run on all processes, at the same forward: a process without such a position gives
+        # it any other one.
         logits = sample if has_logits else model.get_output_embeddings()(sample)
         if len(positions):
             self._leak = leak(logits, labels.reshape(-1)[positions], self.partial.token_ids)
 
 
 def _can_be_asked(head: Any) -> bool:
-    """Whether the head runs outside of the model's forward: not where its parts come together with other modules'."""
+    """Whether the head can be called outside of the model's forward: not if FSDP2 gathers it in another's group."""
     return not is_dtensor(head._parameters["weight"]) or hasattr(head, "unshard")
 
 
@@ -269,18 +269,19 @@ def split_elsewhere(
     sequences: Sequence[Sequence[int]],
     pieces: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, int]:
-    """How often tokens stand in tokenised data as other ids than theirs.
+    """How often the text of tokens is in tokenised data as other ids than theirs.
 
     Args:
         tokenizer: the tokenizer, which has the tokens.
         tokens: the tokens' texts.
         ids: their ids.
         sequences: ids of the data.
-        pieces: for each token the ids that it is made of; none for an added token, whose text is looked for.
+        pieces: for each token the ids that it is made of, which are looked for; empty for an added token, whose text
+            is looked for in the decoded data.
 
     Returns:
-        `dict[str, int]`: the tokens that occur so; an occurrence counts only where the tokenizer of now would
-        read the token there.
+        `dict[str, int]`: the number for each such token; an occurrence counts only where the present tokenizer reads
+        the token there.
     """
     made_of = dict.fromkeys(ids, ()) if pieces is None else dict(zip(ids, map(tuple, pieces), strict=True))
     new = set(ids)
@@ -311,7 +312,7 @@ def split_elsewhere(
             for token_id in starts.get(first, ()):
                 end = at + len(made_of[token_id])
                 if tuple(segment[at:end]) == made_of[token_id]:
-                    # What stands around decides whether its pieces are to be merged here.
+                    # The text around it decides whether its pieces are merged here.
                     windows[token_id].append(tokenizer.decode(segment[max(0, at - 8) : end + 8]))
     found: dict[str, int] = {}
     for token, token_id in zip(tokens, ids, strict=True):

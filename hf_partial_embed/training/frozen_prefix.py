@@ -1,9 +1,9 @@
-"""Running what comes before the first new token without a graph.
+"""Run the positions before a batch's first new token without an autograd graph.
 
 In a causal model that is frozen apart from its token rows, the hidden states before the first new token of
-a batch do not depend on any input row. They are computed once without a graph, their keys and values are
-kept in the model's own cache, and the rest of the sequence is run with a graph on top of it. The head sees
-the hidden states of all positions, so its rows get their gradient from the prefix too.
+a batch do not depend on any trainable input row. They are computed without a graph, their keys and values go
+into the model's own cache, and the rest of the sequence runs with a graph on top of it. The head gets the hidden
+states of all positions, so its rows have their gradient from the prefix, too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["FrozenPrefix"]
 
 logger = logging.getLogger(__name__)
 
-# A shorter prefix, as a part of the sequence, does not pay for a second pass through the layers.
+# A prefix that is a smaller part of the sequence does not pay for a second pass through the layers.
 _WORTH = 1 / 16
 _LARGEST_ERROR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 _TOKENS = ("input_ids", "attention_mask", "position_ids")
@@ -36,11 +36,11 @@ _CACHES = ("cache", "past_key_values")  # what `transformers` calls the cache, s
 class FrozenPrefix(Addition):
     """Builds no graph for the positions before a batch's first new token, while it is installed.
 
-    Same loss and same gradients, in less time and activation memory the later the first new token comes. At its
-    first use it is tried out on a few tokens: where the model gives other hidden states or gradients that way (it
-    looks ahead, has no cache, drops activations at random), or something else than token rows trains, the model
-    runs as always, and a warning says so once. So does a single batch that comes with other inputs than token ids,
-    a mask over them and consecutive positions, or that asks for more than the last hidden states.
+    The loss and the gradients are the same; the later the first new token comes, the more time and activation memory
+    is saved. Before its first use it is tried out on a few tokens. If the model computes other hidden states or
+    gradients in this way (it is not causal, has no cache, or uses dropout), or anything but token rows trains, the
+    model runs as always, and one warning says so. A single batch runs as always if it has other inputs than token
+    ids, a mask over them and consecutive positions, or asks for more than the last hidden states.
 
     Only steps that build a graph are changed; compiled models are not. Also a context manager.
 
@@ -62,7 +62,7 @@ class FrozenPrefix(Addition):
         self.embeddings = embeddings
         get_decoder = getattr(model, "get_decoder", None)
         self.backbone: Any = get_decoder() if get_decoder is not None else getattr(model, "base_model", model)
-        self.reason: str | None = None  # why the model cannot have it
+        self.reason: str | None = None  # why the model runs as always
         self._tried = False
         # Some models call their layers with positional arguments.
         parameters = list(inspect.signature(type(self.backbone).forward).parameters.values())[1:]
@@ -108,12 +108,12 @@ class FrozenPrefix(Addition):
             return 0  # several texts in one sequence
         is_new, _ = self.embeddings._row_sources["weight"].lookup(ids)
         first = is_new.any(0).int().argmax() if is_new.any() else ids.shape[1]
-        # The last position always has a graph, so that rows which do not occur get a gradient of zero.
+        # The last position always has a graph, so that rows that do not occur get a gradient of zero, not None.
         length = min(int(first), ids.shape[1] - 1)
         return length if length >= _WORTH * ids.shape[1] else 0
 
     def _in_two(self, length: int, kwargs: dict[str, Any]) -> Any:
-        """The output over all positions, or `None` where the model gave more than can be put together."""
+        """The output over all positions; `None` where it has more than can be concatenated."""
         parts: list[dict[str, Any]] = [dict(kwargs), dict(kwargs)]
         for name in _TOKENS:
             if kwargs.get(name) is not None:
@@ -140,7 +140,7 @@ class FrozenPrefix(Addition):
         elif not self._tried:
             self._tried = True
             try:
-                # Random numbers are drawn as if nothing had been tried out.
+                # The training's random numbers are those of a run without this.
                 with torch.random.fork_rng([ids.device] if ids.device.type == "cuda" else []):
                     self._try_out(ids.device)
             except Exception as error:  # noqa: BLE001 whatever goes wrong, the plain way is there
@@ -148,7 +148,7 @@ class FrozenPrefix(Addition):
         return not self.reason
 
     def _other_parameters(self) -> str:
-        """Names of what trains beside token rows, or is not whole in this process."""
+        """Names of parameters that train beside token rows, or that are sharded."""
         rows = {
             id(parameter)
             for module in self.model.modules()
@@ -193,11 +193,10 @@ class FrozenPrefix(Addition):
 
 
 class _SharedMasks(TorchFunctionMode):
-    """Has one numeric attention mask for all layers.
+    """Converts a boolean attention mask to a float one once for all layers.
 
-    Behind a prefix attention needs a mask, and given one of booleans, `scaled_dot_product_attention` makes
-    a numeric one of it in every layer and keeps it for the backward: at 1024 positions behind 1024, 8 MiB
-    a layer.
+    After a prefix attention needs an explicit mask. Given a boolean one, `scaled_dot_product_attention` converts it
+    in every layer and keeps the result for the backward: for 1024 positions after 1024, 8 MiB a layer.
     """
 
     def __init__(self) -> None:
@@ -212,14 +211,14 @@ class _SharedMasks(TorchFunctionMode):
             key = (mask.data_ptr(), mask.shape, mask.stride(), dtype)
             if key not in self._masks:
                 numeric = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-                # With the mask itself, so that its memory is not another one's in the meantime.
+                # The mask is kept, too, so that no other one gets its address in the meantime.
                 self._masks[key] = mask, numeric.masked_fill_(~mask, -torch.inf)
             kwargs = {**kwargs, "attn_mask": self._masks[key][1]}
         return func(*args, **kwargs)
 
 
 def _asks_for_more(kwargs: dict[str, Any]) -> bool:
-    """Whether there are inputs that cannot be cut in two, or outputs that cannot be put together."""
+    """Whether there are inputs that cannot be split along the sequence, or outputs that cannot be concatenated."""
     for name, value in kwargs.items():
         if name in (*_TOKENS, "use_cache", "labels") or value is None:
             continue

@@ -1,4 +1,4 @@
-"""What the Trainer's callback does in an optimizer: a group for the rows, and their exact values in its state."""
+"""What the callback does to the optimizer: a parameter group for the rows, and their exact values in its state."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ _EXACT_ROWS = "hf_partial_embed_rows"
 
 
 def flattened_groups(optimizer: Any) -> list[list[nn.Parameter]] | None:
-    """The model's parameters in each group of DeepSpeed's ZeRO optimizer, which steps on a flat one for each."""
+    """The model's parameters in each group of DeepSpeed's ZeRO optimizer, which steps on one flat tensor per group.
+
+    `None` for any other optimizer.
+    """
     while optimizer is not None:
         for name in ("bit16_groups", "fp16_groups", "bf16_groups"):
             parts = getattr(optimizer, name, None)
@@ -51,11 +54,11 @@ _OTHER = (
 
 
 def check_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Check that an optimizer calls the hooks of its steps, on which the rows' own rate hangs.
+    """Check that an optimizer calls its step hooks, by which the rows get their own learning rate.
 
     Raises:
-        `PartialEmbeddingError`: it has no step of its own, since it updates parameters in the backward (LOMO), or one
-            that PyTorch has not been able to hook.
+        `PartialEmbeddingError`: it has no `step` of its own, since it updates parameters in the backward (LOMO), or
+            one that PyTorch has not wrapped for hooks.
     """
     step = type(optimizer).step
     if inspect.unwrap(step) is inspect.unwrap(torch.optim.Optimizer.step) or not getattr(step, "hooked", False):
@@ -71,6 +74,16 @@ def _no_steps(optimizer: Any) -> PartialEmbeddingError:
 
 
 def check_in_optimizer(partial: PartialEmbedding, optimizer: Any, flattened: list[list[nn.Parameter]] | None) -> None:
+    """Check that an optimizer has all rows that require grad.
+
+    Args:
+        partial: the rows.
+        optimizer: the optimizer, unwrapped.
+        flattened: what `flattened_groups` returns.
+
+    Raises:
+        `PartialEmbeddingError`: some are not in it.
+    """
     groups = [group["params"] for group in optimizer.param_groups] if flattened is None else flattened
     held = {id(parameter) for group in groups for parameter in group}
     for parameter in partial.parameters():
@@ -89,10 +102,10 @@ def check_in_optimizer(partial: PartialEmbedding, optimizer: Any, flattened: lis
 
 
 class OwnGroup:
-    """Gives the rows a parameter group of their own for the time of each step.
+    """Gives the rows a parameter group of their own during each step.
 
-    Outside of the steps the groups are those that the Trainer made: schedulers and saved optimizer
-    states are organised by group, and a run can be resumed with or without the callback.
+    Between steps the groups are those that the Trainer made: schedulers and saved optimizer states go by group,
+    and a run can be resumed with or without the callback.
     """
 
     def __init__(
@@ -121,10 +134,10 @@ class OwnGroup:
         self.taken = 0
 
     def check_taken(self) -> None:
-        """Check that a step that has been made was one of this optimizer, with its hooks.
+        """Check, after a step, that this optimizer's step hooks have run.
 
         Raises:
-            `PartialEmbeddingError`: it was not.
+            `PartialEmbeddingError`: they have not.
         """
         if not self.taken:
             raise _no_steps(self.optimizer)
@@ -159,16 +172,16 @@ class OwnGroup:
         if self.saved is None:
             return
         for group, origin in zip(optimizer.param_groups, self.origins, strict=True):
-            # Some optimizers count their steps in the group.
+            # Some optimizers keep state in the group, such as a count of steps.
             origin.update({k: v for k, v in group.items() if k not in ("params", "lr", "weight_decay")})
         optimizer.param_groups, self.saved = self.saved, None
 
 
 class ExactRows:
-    """Puts rows into the saved state of the optimizer, in their own dtype.
+    """Puts the rows, in their own dtype, into the state dict of the optimizer.
 
-    A standard checkpoint holds them in the table's dtype, an adapter's not at all; a resume continues
-    with those that it finds in the optimizer's state, wherever the checkpoint has been moved to.
+    A standard checkpoint holds them in the table's dtype, and that of an adapter not at all. A resume takes them
+    from the optimizer's state, wherever the checkpoint has been moved to.
     """
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
@@ -180,7 +193,7 @@ class ExactRows:
         stateless = not entries
         for parameter in self.parameters:
             number = held.index(id(parameter))
-            # An entry of our own would look like the state of a step to an optimizer that keeps some.
+            # A new entry would look, to an optimizer that keeps state, like that of a parameter that has had a step.
             if number in entries or stateless:
                 entries[number] = {**entries.get(number, {}), _EXACT_ROWS: parameter.detach().clone()}
         return state_dict
@@ -188,13 +201,13 @@ class ExactRows:
 
 @torch.no_grad()
 def take_from_optimizer(partial: PartialEmbedding, optimizer: Any) -> bool:
-    """Take the exact rows out of a loaded optimizer state; whether there were any."""
+    """Move the exact rows out of a loaded optimizer state into the parameters; returns whether there were any."""
     found = False
     for table in partial.trained_tables().values():
         parameter = partial.parameter_of(table)
         rows = optimizer.state[parameter].pop(_EXACT_ROWS, None) if parameter in optimizer.state else None
         if is_dtensor(parameter) and not (rows is not None and is_dtensor(rows)):
-            rows = from_any_process(rows, parameter)  # FSDP2 gives what it does not know to one of them
+            rows = from_any_process(rows, parameter)  # FSDP2 loads an entry that it does not know on one process
             if rows is not None:
                 partial.set_rows(table, rows)
         elif rows is not None:
@@ -249,19 +262,18 @@ class SharedStep:
             parameter.sub_(step.to(parameter.dtype))
 
 
-# Of the old rows' root mean square, for one step of an Adam-like optimizer at the top of the schedule.
+# The learning rate, as a share of the old rows' root mean square, at the top of the schedule.
 _SHARE = 0.07
 
 
 def auto_learning_rate(partial: PartialEmbedding) -> float:
     """A learning rate for Adam and its like: 0.07 times the root mean square of the old input rows.
 
-    Such an optimizer moves every number by about its learning rate in a step, so the rate has the unit of
-    the rows, and what is right for a table of one size is not for another. Rows that do not belong to a
-    token (spare ones, padding) do not count, nor do the trained ones.
+    Such an optimizer moves every element by about its learning rate in a step, so the right rate is proportional
+    to the size of the table's values. Rows without a token (spare ones, padding) and trained rows do not count.
 
     Raises:
-        `PartialEmbeddingError`: the old rows are not here, or all zero.
+        `PartialEmbeddingError`: the old rows are not in this process, or all zero.
     """
     old = old_input_rows(partial)
     rate = 0.0 if old is None else _SHARE * root_mean_square(*old)

@@ -1,8 +1,8 @@
-"""A checkpoint and the token rows in it: which tokens they belong to, and their exact values.
+"""The token rows of a checkpoint: which tokens they belong to, and their exact values.
 
-A checkpoint has its rows by position, in the tables and in the optimizer's state. The texts that they belong to are
-noted in the Trainer's state, which every engine saves with each checkpoint and reads on every process before the
-first step, wherever the checkpoint has been moved to.
+The tables and the optimizer's state of a checkpoint have rows by position. The texts of their tokens are noted in the
+`TrainerState`, which every engine saves with each checkpoint and loads on every process before the first step,
+wherever the checkpoint has been moved to.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class RowSet(NamedTuple):
 
 
 def note_tokens(state: TrainerState, partials: Sequence[PartialEmbedding]) -> None:
-    """Let each checkpoint from now on say which tokens its rows belong to."""
+    """Note in the Trainer's state, which each checkpoint has, which tokens the rows belong to."""
     noted: Any = state.stateful_callbacks
     noted[_KEY] = {"row_sets": [{"tokens": rows.tokens, "token_ids": rows.ids} for rows in _present(partials)]}
 
@@ -80,7 +80,7 @@ def _compare_with_files(
     own: list[RowSet],
     ordered: bool,
 ) -> None:
-    """The same with what lies in the folder of a checkpoint that was written without a note of its tokens."""
+    """`check_tokens` for a checkpoint without such a note: by its row files or, if it has none, its tokenizer."""
     for folder in _folders(args, state):
         found = _state_in(folder)
         if not found or found.get("log_history") != state.log_history:
@@ -110,7 +110,7 @@ def _compare(where: str, saved: list[RowSet], here: list[RowSet], ordered: bool)
     Args:
         where: what `saved` was read from.
         saved, here: row sets in the order in which they were attached.
-        ordered: whether rows are by their place in a parameter of their own, too; else (`"mask"`) by their id alone.
+        ordered: whether the order of the rows counts, too (`"split"`: it is that of their parameter); else ids do.
     """
     if len(saved) == len(here) and all(_same(*pair) for pair in zip(saved, here, strict=True)):
         return
@@ -149,14 +149,14 @@ def _same(saved: RowSet, here: RowSet) -> bool:
 
 
 def _from_difference(there: list[Any], here: list[Any]) -> tuple[int, list[Any], list[Any]]:
-    """Both lists from where they differ on, if they are long."""
+    """Long lists are cut to begin where they differ; returns that position and both lists."""
     first = next((i for i, (a, b) in enumerate(zip(there, here, strict=False)) if a != b), min(len(there), len(here)))
     first = first if max(len(there), len(here)) > 8 else 0
     return first, there[first:], here[first:]
 
 
 def _present(partials: Sequence[PartialEmbedding]) -> list[RowSet]:
-    """All row sets of the model, also those that the callback was not given: they have positions, too."""
+    """All row sets of the model, also those that the callback was not given: they are in the checkpoint, too."""
     return [
         RowSet([token.content for token in attachment.tokens], list(attachment.ids))
         for attachment in attachments_of(partials[0].model)
@@ -168,7 +168,7 @@ def _row_set(partial: PartialEmbedding) -> RowSet:
 
 
 def _noted(states: Any) -> list[RowSet] | None:
-    """What `note_tokens` has left."""
+    """What `note_tokens` has noted; `None` without a note."""
     found = states.get(_KEY) if isinstance(states, dict) else None
     return None if found is None else [RowSet(rows["tokens"], rows["token_ids"]) for rows in found["row_sets"]]
 
@@ -182,7 +182,7 @@ def _state_in(folder: Path) -> dict[str, Any]:
 
 
 def _row_sets_in(folder: Path, number: int) -> list[RowSet] | None:
-    """Tokens of the row files of a checkpoint, if it has them all."""
+    """Tokens of the row files of a checkpoint; `None` if it does not have them all."""
     paths = [rows_file(folder, index) for index in range(number)]
     if not all(path.is_file() for path in paths):
         return None
@@ -191,7 +191,7 @@ def _row_sets_in(folder: Path, number: int) -> list[RowSet] | None:
 
 
 def _vocabulary_in(folder: Path) -> dict[str, int] | None:
-    """Ids by text of the tokenizer that a Trainer has saved with a checkpoint."""
+    """Ids by text of the tokenizer that a Trainer has saved with a checkpoint; `None` if there is none."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
@@ -212,14 +212,14 @@ def restore_from_files(
     *,
     in_checkpoint: bool,
 ) -> None:
-    """Take the exact rows from the row file of the checkpoint that was loaded, where that lacks them.
+    """Take the exact rows from the row file of the checkpoint that was loaded, if that has them rounded or not at all.
 
     Args:
-        partial: whose rows.
+        partial: the rows to set.
         checkpoints: folders where the file may be.
-        number: which of the callback's row sets it is.
-        in_checkpoint: whether the checkpoint has brought the rows in the table's dtype already; then
-            only a file that agrees with them is taken.
+        number: the row set's number in the callback.
+        in_checkpoint: whether the checkpoint itself has the rows, in the table's dtype; then only a file that is
+            equal to them in that dtype is taken.
     """
     if in_checkpoint and not rounded_rows(partial):
         return

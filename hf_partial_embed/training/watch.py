@@ -1,4 +1,4 @@
-"""Warnings about rows that go astray in training."""
+"""Warnings about rows that diverge in training."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ _MOST_LEAK = 0.01
 
 
 class RowWatch:
-    """Warns once when new tokens take more than 1% of the probability where they do not belong, and once when
-    a row's norm leaves the range of the old rows'. A row that starts below it (a mean of many pieces is short)
-    or above has not left it, unless it grows.
+    """Warns once when new tokens get more than 1% of the probability where they are not the label, and once when
+    the norm of a row leaves the range of the old rows' norms.
+
+    A row that starts outside of the range (a mean of many pieces has a small norm) is warned of only if it grows
+    beyond both the range and its start.
 
     Args:
         partials: the rows to watch, all on one model.
@@ -34,7 +36,7 @@ class RowWatch:
         self._starts = [_norms(partial) for partial in self.partials]
 
     def check_norms(self) -> None:
-        """Compare the input rows' norms with the old rows'; on every process of a sharded run."""
+        """Compare the norms of the input rows with those of the old rows; call it on every process."""
         for partial, (least, most), starts in zip(self.partials, self._ranges, self._starts, strict=True):
             norms = _norms(partial)
             names = partial.tokens or partial.token_ids
@@ -52,7 +54,7 @@ class RowWatch:
                 )
 
     def check_leak(self, share: float) -> None:
-        """Look at the share of the probability that `leak` has measured."""
+        """Warn if the share of the probability that `leak` has measured is too large."""
         if share > _MOST_LEAK:
             self._warn(
                 "leak",

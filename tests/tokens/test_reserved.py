@@ -19,10 +19,10 @@ from conftest import (
     wordpiece_tokenizer,
 )
 from states import SLOW_TOKENIZERS, assert_same, model_state, tokenizer_state
-from tokenizers import AddedToken, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_partial_embed import PartialEmbeddingError, add_tokens, load_tokens
+from hf_partial_embed import PartialEmbeddingError, add_tokens, load_tokens, train_tokens
 from hf_partial_embed.tokens.reserved import Renaming, is_reserved_name
 
 RESERVED = [f"<|reserved_{number}|>" for number in range(4)]
@@ -327,3 +327,37 @@ def test_unigram_scores_stay(family):
     renaming.undo()
     renaming.undo()
     assert tokenizer._tokenizer.to_str() == before
+
+
+class TestMergesWithPrefix:
+    """BPE whose right parts have a prefix inside of a word, which is not in what a merge makes."""
+
+    @pytest.fixture
+    def pair(self):
+        vocabulary = ["<unk>", "<pad>", "a", "b", "c", "##b", "##c", "##bc", "abc", "##bcc", "abcc"]
+        merges = [("##b", "##c"), ("a", "##bc"), ("##bc", "##c"), ("abc", "##c")]
+        ids = {text: token_id for token_id, text in enumerate(vocabulary)}
+        backend = Tokenizer(models.BPE(ids, merges, continuing_subword_prefix="##", unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+        return build_model("llama", len(tokenizer)), tokenizer
+
+    def test_merged_word_starts_anew_from_its_parts(self, pair):
+        model, tokenizer = pair
+        before, old = tokenizer_state(tokenizer), table_of(model, "input").detach().clone()
+        partial = train_tokens(model, tokenizer, ["abc"], init="subtoken_mean")
+        expected = old[tokenizer.convert_tokens_to_ids(["a", "##bc"])].mean(0)
+        torch.testing.assert_close(partial.token_rows().input_rows[0], expected)
+        assert_same(before, tokenizer_state(tokenizer))
+
+    def test_merged_word_is_taken_over_and_comes_back(self, pair):
+        model, tokenizer = pair
+        before, model_before = tokenizer_state(tokenizer), model_state(model)
+        taken, ids = tokenizer.convert_tokens_to_ids("abc"), encode(tokenizer, "abc abcc b")
+        partial = add_tokens(model, tokenizer, ["<t>"], reuse=["abc"], force=True)
+        assert partial.token_ids == [taken] == encode(tokenizer, "<t>")
+        assert tokenizer.convert_ids_to_tokens(encode(tokenizer, "abc")) == ["a", "##bc"]
+        partial.detach()
+        assert encode(tokenizer, "abc abcc b") == ids
+        assert_same(before, tokenizer_state(tokenizer))
+        assert_same(model_before, model_state(model))
