@@ -182,6 +182,7 @@ def audit_tokens(model: Any, tokenizer: Any, data: Iterable[Any] | None = None) 
         *_end_problems(tokenizer, ends, texts),
         *_padding_problems(tokenizer, ends),
         *_split_markers(tokenizer, chats),
+        *_unread_template(tokenizer, chats),
     ]
     problems.sort(key=lambda problem: SEVERITIES.index(problem.severity))
     return AuditReport(rows, problems, len(uses))
@@ -280,6 +281,13 @@ def _sample_chats(tokenizer: Any) -> list[str]:
         for messages, generation, tools in itertools.product(_conversations(), (False, True), ({}, {"tools": [_TOOL]}))
     ]
     return list(dict.fromkeys(text for text in rendered if text is not None))
+
+
+def _unread_template(tokenizer: Any, chats: list[str]) -> list[Problem]:
+    if chats or not tokenizer.chat_template:
+        return []
+    what = "the chat template refuses all sample conversations, so its tokens were not looked at"
+    return [Problem("note", what, "audit_tokens(model, tokenizer, data=[[{'role': ..., 'content': ...}, ...]])")]
 
 
 def _ends(model: Any) -> list[int]:
