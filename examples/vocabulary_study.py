@@ -332,12 +332,14 @@ def plot(results: dict[str, dict[str, Figures]], rows: Sequence[int], path: Path
         for axis, kind in zip(line, kinds, strict=True):
             for arm in ARMS:
                 points = [(count, figure[0]) for count, figure in zip(rows, found[kind][arm], strict=True) if figure]
-                axis.plot(*zip(*points, strict=True), marker="o", linewidth=1, label=arm, **LOOKS.get(arm, {}))
+                axis.plot(*zip(*points, strict=True), linewidth=1, label=arm, **LOOKS.get(arm, {"marker": "o"}))
             axis.axhline(1, color="0.6", linewidth=0.8)
             axis.set(xscale="log", title=f"{name}: {kind}", xlabel="new rows", xticks=rows, xticklabels=rows)
             axis.minorticks_off()
         line[0].set_ylabel("held-out tokens / base's")
-    axes[0][0].legend(fontsize="small")
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ARMS), fontsize="small"
+    )
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -35,7 +35,5 @@ def test_domain_example_runs_from_choosing_to_a_checkpoint(monkeypatch, tmp_path
     merged = AutoModelForCausalLM.from_pretrained(out / "merged")
     assert len(rows) == 6 and merged.get_input_embeddings().weight.shape[0] == len(tokenizer) + 6
     grown = AutoTokenizer.from_pretrained(out / "merged")
-    assert [grown.convert_tokens_to_ids(piece) for piece in tokenizer.get_vocab()] == list(
-        tokenizer.get_vocab().values()
-    )
+    assert tokenizer.get_vocab().items() <= grown.get_vocab().items()
     assert f"vllm serve {out / 'merged'}" in capsys.readouterr().out
