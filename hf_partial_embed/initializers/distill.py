@@ -14,7 +14,7 @@ from .head import FREQUENCY, CachedHead, CachedStates, new_bias
 from .pieces import subtoken_mean
 from .registry import InitRequest, register
 from .running import Runner, decoder_layers, undisturbed
-from .snippets import PROMPTS, Snippet, snippets_of, texts_for
+from .snippets import PROMPTS, Snippet, keep_unseen, snippets_of, texts_for
 from .table_statistics import root_mean_square
 
 __all__ = ["Distill"]
@@ -41,6 +41,9 @@ class Distill:
     the snippets. The rows
     of an untied head are fitted by `CachedHead` itself on the same texts; a head's bias and further tables
     start at the mean of the pieces.
+
+    A piece of the vocabulary that serves only as a part of other new tokens in the texts stays at the mean of its
+    pieces.
 
     Needs: a causal model; texts with the tokens, or a model that can generate them. Cost: for `S` snippets
     of `n` tokens `S` forwards, and `6·S` forwards with backward, through `layer` of the model's layers: on
@@ -109,6 +112,7 @@ class Distill:
             if request.shared and self.head_weight:
                 cached = CachedStates(request.model, snippets, self.batch_size, self.frequency)
             rows = self._fit(request, runner, layer, snippets, targets, start, cached)
+            rows = keep_unseen(rows, start, snippets)
         return request.keep_norms(rows)
 
     def _layer(self, request: InitRequest) -> nn.Module:

@@ -13,7 +13,7 @@ from ..errors import PartialEmbeddingError
 from .pieces import subtoken_mean
 from .registry import InitRequest, register
 from .running import Runner, undisturbed
-from .snippets import PROMPTS, Snippet, snippets_of, texts_for
+from .snippets import PROMPTS, Snippet, keep_unseen, snippets_of, texts_for
 
 __all__ = ["FREQUENCY", "CachedHead", "CachedStates", "new_bias"]
 
@@ -84,7 +84,7 @@ class CachedHead:
         snippets = snippets_of(request, texts, context=self.context, limit=self.per_token)
         with undisturbed(request.model):
             cached = CachedStates(request.model, snippets, self.batch_size, self.frequency)
-        return self._fit(start.double(), cached, new_bias(request)).float()
+        return keep_unseen(self._fit(start.double(), cached, new_bias(request)).float(), start, snippets)
 
     def _fit(self, start: Tensor, cached: CachedStates, bias: Tensor | None) -> Tensor:
         penalty = self.penalty * cached.states.square().mean()

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import PartialEmbeddingError, shorten
 from ..tokens.vocabulary import encode_all
 from .registry import InitRequest
 from .running import undisturbed
 
-__all__ = ["PROMPTS", "Snippet", "generate_texts", "snippets_of", "texts_for"]
+__all__ = ["PROMPTS", "Snippet", "generate_texts", "keep_unseen", "snippets_of", "texts_for"]
 
 # Beginnings of the texts that a model writes about a token, if none are given.
 PROMPTS = ("This text is about {token}", "What is {token}?", "They said that {token}", "In short, {token}")
@@ -55,7 +56,8 @@ def snippets_of(request: InitRequest, texts: Sequence[str], *, context: int, lim
         limit: largest number of snippets for each token; the first ones are taken.
 
     Raises:
-        `PartialEmbeddingError`: a token that occurs in no text with something before and behind it.
+        `PartialEmbeddingError`: a token that occurs in no text with something before and behind it. A piece of the
+            vocabulary that only stands inside of another new token there has no snippet, and is no error.
     """
     tokens = list(request.tokens)
     opening = _opening(request.tokenizer)
@@ -63,7 +65,14 @@ def snippets_of(request: InitRequest, texts: Sequence[str], *, context: int, lim
         *_around_pieces(request, texts, opening, context, limit),
         *_around_added(request, texts, opening, context, limit),
     ]
-    missing = sorted(set(range(len(tokens))) - {snippet.token for snippet in snippets})
+    seen = {snippet.token for snippet in snippets}
+    preview = request.previewed()
+    missing = [
+        row
+        for row, text in enumerate(tokens)
+        if row not in seen
+        and (preview is None or preview.ids[row] is None or not any(text in tokens[other] for other in seen))
+    ]
     if missing:
         raise PartialEmbeddingError(
             f"No text has {shorten([tokens[index] for index in missing])} with something before and behind it. Give "
@@ -71,6 +80,13 @@ def snippets_of(request: InitRequest, texts: Sequence[str], *, context: int, lim
             "use init='subtoken_mean'."
         )
     return snippets
+
+
+def keep_unseen(rows: Tensor, start: Tensor, snippets: Sequence[Snippet]) -> Tensor:
+    """The rows, but for those of tokens without a snippet the start: nothing says where they should be."""
+    seen = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+    seen[[snippet.token for snippet in snippets]] = True
+    return torch.where(seen[:, None], rows, start)
 
 
 def _around_pieces(
@@ -182,7 +198,9 @@ def texts_for(
     """
     given = list(texts or ())
     there = {match for text in given for match in _pattern(request.tokens).findall(text)}
-    lacking = [0 if token in there else per_token for token in request.tokens]
+    # One that only stands inside of another new token there has no text of its own to learn from.
+    missing = {t for t in request.tokens if t not in there and not any(t in other for other in there)}
+    lacking = [per_token if token in missing else 0 for token in request.tokens]
     if not any(lacking) or (given and not _can_generate(request.model)):
         return given
     key = repr(("texts", tuple(prompts), lacking, length))

@@ -212,7 +212,8 @@ class TestProblems:
 
     def test_template_that_refuses_the_conversation(self, chat_tokenizer):
         chat_tokenizer.chat_template = "{{ raise_exception('no') }}"
-        assert self.problems(trained_model(), chat_tokenizer) == []
+        (problem,) = audit_tokens(trained_model(), chat_tokenizer).problems
+        assert (problem.severity, "refuses all sample conversations" in problem.what) == ("note", True)
 
 
 class TestReport:

@@ -27,6 +27,14 @@ def test_merges_lengthen_no_word_and_more_rows_shorten_more(study):
     assert "| chosen |" in study.markdown({"small": {"made up": found}})
 
 
+def test_plot_leaves_out_what_was_not_recounted(study, tmp_path):
+    pytest.importorskip("matplotlib")
+    figures = {arm: [(0.9, 0), None if arm == "recounted" else (0.8, 0)] for arm in study.ARMS}
+    study.plot({"small": {"made up": figures}}, [5, 20], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    assert "| recounted | .9000 (0) |" in study.markdown({"small": {"made up": figures}})
+
+
 def test_german_messages_are_read_from_po_files(study, tmp_path):
     (tmp_path / "de").mkdir()
     (tmp_path / "de" / "some.po").write_text(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from hf_partial_embed import PartialEmbeddingError
+from hf_partial_embed import PartialEmbeddingError, choose_tokens
 from hf_partial_embed.initializers import CachedHead, Distill, InitRequest
 from hf_partial_embed.initializers.head import CachedStates
 from hf_partial_embed.initializers.running import Runner, decoder_layers, undisturbed
@@ -97,6 +97,21 @@ class TestSnippets:
         request = request_of(build_model(), bpe_tokenizer(), [" story", " zqx"])
         with pytest.raises(PartialEmbeddingError, match="No text has ' zqx' with something before and behind it"):
             snippets_of(request, TEXTS, context=8, limit=8)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_piece_that_is_only_a_part_of_others_stays_at_the_mean_of_its_pieces(tied):
+    texts = [f"({line} Case {n} is a case." for n in range(6) for line in CORPUS[:4]]
+    tokens = choose_tokens(bpe_tokenizer(), texts, 8)
+    assert 0 in tokens.counts
+    mean, fitted = (
+        add_tokens(lively("llama", tied=tied), bpe_tokenizer(), tokens, entry="vocabulary", init=init).token_rows()
+        for init in ("subtoken_mean", Distill(texts, layer=1, steps=5))
+    )
+    for before, after in ((mean.input_rows, fitted.input_rows), (mean.output_rows, fitted.output_rows)):
+        if before is not None:
+            moved = (before != after).any(1).tolist()
+            assert moved == [count > 0 for count in tokens.counts]
 
 
 class TestRunner:
