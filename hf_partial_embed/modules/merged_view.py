@@ -36,8 +36,8 @@ class MergedView:
             out_of_reach = set(module._row_sources) - set(module._names_here(collective=True))
             if out_of_reach:
                 raise PartialEmbeddingError(
-                    f"The rows of {type(module).__name__} cannot be written into {shorten(sorted(out_of_reach))}: they "
-                    "are partitioned (DeepSpeed ZeRO-3, FSDP1) or offloaded. Hand on what model.save_pretrained "
+                    f"The rows of {type(module).__name__} cannot be written into {shorten(sorted(out_of_reach))}: "
+                    "they are partitioned (DeepSpeed ZeRO-3, FSDP1) or offloaded. Hand on what model.save_pretrained "
                     "writes, or train under FSDP2, DDP or ZeRO-2."
                 )
         for module in modules:

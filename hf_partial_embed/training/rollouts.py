@@ -26,8 +26,8 @@ _MODULE = "trl.generation.vllm_generation"
 class RolloutWeights(Addition):
     """Lets TRL hand its vLLM engine the weights of the merged model, while it is installed.
 
-    A trainer does not tell its callbacks of its engine, so what is changed is the `sync_weights` of TRL's class. Models
-    without rows are handed on as always. Where TRL's vLLM part is not loaded, there is nothing to do.
+    A trainer does not tell its callbacks of its engine, so what is changed is the `sync_weights` of TRL's class.
+    Models without rows are handed on as always. Where TRL's vLLM part is not loaded, there is nothing to do.
     """
 
     def _put_on(self) -> None:

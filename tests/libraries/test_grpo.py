@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
-
 import pytest
 import torch
 import trl.generation.vllm_generation as vllm_generation
@@ -25,11 +22,23 @@ pytestmark = [
 
 TOKENS = ["<think>", "</think>"]
 PROMPTS = ["A name <think>", "Tools <think> are", "Every token </think>", "The story <think>"]
-LORAS = {
-    "rows": None,
-    "rows-and-lora": {"target_modules": ["q_proj"], "r": 2},
-    "rows-in-the-adapter": {"target_modules": ["q_proj"], "r": 2, "modules_to_save": ["new_rows"]},
-}
+LORA = {"target_modules": ["q_proj"], "r": 2}
+LORAS = {"rows": None, "rows-and-lora": LORA, "rows-in-the-adapter": {**LORA, "modules_to_save": ["new_rows"]}}
+
+
+def cases(*fast):
+    """Each way to train, tied and untied: those named run always, the others with `-m slow`."""
+    return pytest.mark.parametrize(
+        ("tied", "lora"),
+        [
+            pytest.param(tied == "tied", lora, id=f"{tied}-{name}", marks=() if (tied, name) in fast else slow)
+            for tied in ("tied", "untied")
+            for name, lora in LORAS.items()
+        ],
+    )
+
+
+slow = pytest.mark.slow
 
 
 def prepared(tied, dtype=torch.float32):
@@ -38,7 +47,7 @@ def prepared(tied, dtype=torch.float32):
     model = build_model("llama", len(tokenizer), tied=tied, dtype=dtype).requires_grad_(False)
     partial = add_tokens(model, tokenizer, TOKENS)
     torch.manual_seed(1)
-    start = torch.randn(len(TOKENS), 16) * 0.2  # says itself at times, so that there is something to reward
+    start = torch.randn(len(TOKENS), 16) * 0.3  # says itself at times, so that there is something to reward
     with torch.no_grad():
         for rows in partial.parameters():
             rows.copy_(start)
@@ -68,22 +77,22 @@ class Reward:
 def grpo(tmp_path, model, tokenizer, partial, lora=None, *, max_steps=20, **more):
     reward = Reward(partial)
     args = GRPOConfig(
-        output_dir=str(tmp_path), max_steps=max_steps, per_device_train_batch_size=8, num_generations=4,
-        max_completion_length=6, report_to=[], use_cpu=True, bf16=False, learning_rate=3e-2, save_strategy="no",
+        output_dir=str(tmp_path), max_steps=max_steps, per_device_train_batch_size=16, num_generations=8,
+        max_completion_length=6, report_to=[], use_cpu=True, bf16=False, learning_rate=0.1, save_strategy="no",
         disable_tqdm=True, dataloader_pin_memory=False, seed=0, gradient_checkpointing=False, logging_steps=100,
         **more,
     )  # fmt: skip
     trainer = GRPOTrainer(
         model=model, reward_funcs=reward, args=args, train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         processing_class=tokenizer, peft_config=LoraConfig(**lora) if lora else None,
-        callbacks=[PartialEmbeddingCallback(partial, learning_rate=3e-2)],
+        callbacks=[PartialEmbeddingCallback(partial, learning_rate=0.1)],
     )  # fmt: skip
     if lora and "modules_to_save" not in lora:
         partial.requires_grad_(True)
     return trainer, reward
 
 
-@pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
+@cases(("tied", "rows"), ("untied", "rows-and-lora"))
 def test_rows_learn_from_rewards_and_nothing_frozen_moves(tmp_path, tied, lora):
     model, tokenizer, partial = prepared(tied)
     trainer, reward = grpo(tmp_path, model, tokenizer, partial, lora)
@@ -99,9 +108,10 @@ def test_rows_learn_from_rewards_and_nothing_frozen_moves(tmp_path, tied, lora):
     for name, value in frozen.items():
         assert torch.equal(after[name][:300], value[:300]), name
     assert len(frozen) > 20 - tied
-    if lora is None:  # answers become new tokens, so what the rewards say does reach the rows
-        print(reward.values)
-        assert sum(reward.values[-5:]) > 2 * sum(reward.values[:5])
+    print(
+        f"reward of the first 5 steps {sum(reward.values[:5]) / 5:.2f}, of the last {sum(reward.values[-5:]) / 5:.2f}"
+    )
+    assert sum(reward.values[-5:]) > 2 * sum(reward.values[:5])
 
 
 class Engine:
@@ -123,7 +133,9 @@ class Engine:
         state = {name: tensor.clone() for name, tensor in named_params}
         assert [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in state.items()] == metadata
         own = dict(self.model.named_parameters())
-        assert {name: (t.shape, t.dtype) for name, t in own.items()} == {n: (t.shape, t.dtype) for n, t in state.items()}
+        assert {name: (t.shape, t.dtype) for name, t in own.items()} == {
+            n: (t.shape, t.dtype) for n, t in state.items()
+        }
         assert list(own) == list(state)
         self.model.load_state_dict(state, strict=not self.model.config.tie_word_embeddings)
         self.received.append(state)
@@ -153,8 +165,10 @@ def engine(monkeypatch):
     assert vllm_generation.VLLMGeneration.sync_weights is original, "TRL is as it was after the training"
 
 
-@pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@cases(("untied", "rows"), ("tied", "rows-in-the-adapter"))
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=slow)], ids=["float32", "bfloat16"]
+)
 def test_engine_is_handed_the_merged_models_weights(tmp_path, tied, lora, dtype, engine, monkeypatch):
     model, tokenizer, partial = prepared(tied, dtype)
     model.save_pretrained(tmp_path / "grown")
@@ -184,9 +198,11 @@ def test_engine_with_fewer_rows_is_found_before_the_first_step(tmp_path, engine,
     model, tokenizer, partial = prepared(True)
     monkeypatch.setattr(Engine, "model", build_model("llama", 300))
     trainer, _ = grpo(tmp_path, model, tokenizer, partial, **engine)
-    start, callback = partial.token_rows(), trainer.callback_handler.callbacks[-1]
+    start = partial.token_rows()
     callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, PartialEmbeddingCallback))
-    with pytest.raises(PartialEmbeddingError, match="no row for id 301 .*LlamaForCausalLM has 302 rows.*save_pretrained"):
+    with pytest.raises(
+        PartialEmbeddingError, match=r"no row for id 301 .*LlamaForCausalLM has 302 rows.*save_pretrained"
+    ):
         trainer.train()
     assert trainer.state.global_step == 0 and not trainer.vllm_generation.vllm_client.received
     assert torch.equal(partial.token_rows().input_rows, start.input_rows)
@@ -211,9 +227,8 @@ def test_as_merged_has_the_names_shapes_and_values_of_the_merged_model(kind, tie
         with second.as_merged():
             assert list(dict(model.named_parameters())) == list(found)
     assert [name for name, _ in model.named_parameters()] == names
-    assert [*partial.parameters(), *second.parameters()] == parameters or all(
-        a is b for a, b in zip([*partial.parameters(), *second.parameters()], parameters, strict=True)
-    )
+    after = [*partial.parameters(), *second.parameters()]
+    assert all(ours is theirs for ours, theirs in zip(after, parameters, strict=True))
     second.merge()
     merged = partial.merge()
     for ours, theirs in ((found, dict(merged.named_parameters())), (state, merged.state_dict())):
