@@ -763,6 +763,36 @@ def gradient_norm_is_that_of_all_processes(shard: Callable[[nn.Module], nn.Modul
     return run
 
 
+def engines_are_handed_merged_weights(folder: Path) -> None:
+    """What a generation engine is sent under FSDP2: whole tables by the names of the merged model."""
+    setting = Setting(tied=False)
+    model, tokenizer = base_model(setting), bpe_tokenizer()
+    partial = add_tokens(model, tokenizer, TOKENS)
+    sharded_by_fsdp2(model)
+    optimizer = torch.optim.AdamW(partial.parameters(), lr=LR, weight_decay=0.1)
+    train(setting, model, optimizer, partial.token_ids)
+    rows = partial.token_rows()
+    with partial.as_merged():
+        sent = {name: tensor.full_tensor() for name, tensor in model.named_parameters()}
+    assert any("new_rows" in name for name, _ in model.named_parameters())
+    plain = base_model(setting)
+    add_tokens(plain, bpe_tokenizer(), TOKENS).merge()
+    assert {n: t.shape for n, t in sent.items()} == {n: t.shape for n, t in plain.named_parameters()}
+    assert torch.equal(sent["model.embed_tokens.weight"][partial.token_ids], rows.input_rows)
+    assert torch.equal(sent["lm_head.weight"][partial.token_ids], rows.output_rows)
+
+
+def refuses_to_hand_on_parts(shard: Callable[[nn.Module], nn.Module]) -> Callable:
+    def run(folder: Path) -> None:
+        model, tokenizer = base_model(Setting()).requires_grad_(False), bpe_tokenizer()
+        partial = add_tokens(model, tokenizer, TOKENS)
+        shard(model)
+        with raises("Hand on what model.save_pretrained writes"), partial.as_merged():
+            pass
+
+    return run
+
+
 TRAININGS = {
     "ddp": ddp,
     "ddp-trainer": by_trainer("DistributedDataParallel"),
@@ -779,6 +809,7 @@ OTHERS = {
     "fsdp1": {
         "mask": refuses_mask(sharded_by_fsdp1),
         "gradient-norm": gradient_norm_is_that_of_all_processes(sharded_by_fsdp1),
+        "as-merged": refuses_to_hand_on_parts(sharded_by_fsdp1),
     },
     "fsdp2": {
         "mask": refuses_mask(sharded_by_fsdp2),
@@ -794,6 +825,7 @@ OTHERS = {
         "tensor-parallelism": refuses_tensor_parallelism,
         "gradient-norm": gradient_norm_is_that_of_all_processes(sharded_by_fsdp2),
         "leak": leak_is_measured_where_one_process_has_no_position,
+        "as-merged": engines_are_handed_merged_weights,
     },
     "fsdp2-trainer": {
         "loaded-on-one-process": loaded_on_one_process,
@@ -805,7 +837,11 @@ OTHERS = {
         "another-order": refuses_another_order(**zero_config(1)),
     },
     **{f"zero{stage}-trainer": {"another-order": refuses_another_order(**zero_config(stage))} for stage in (2, 3)},
-    "zero3": {"mask": refuses_mask(sharded_by_zero3), "tokens-after-loading": refuses_tokens_after_loading_by_zero3},
+    "zero3": {
+        "mask": refuses_mask(sharded_by_zero3),
+        "tokens-after-loading": refuses_tokens_after_loading_by_zero3,
+        "as-merged": refuses_to_hand_on_parts(sharded_by_zero3),
+    },
 }
 
 

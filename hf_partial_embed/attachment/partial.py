@@ -22,6 +22,7 @@ from ..files.hub import locate_rows, merged_card, rows_card, upload, write_card
 from ..files.rows_file import ROWS_FILE, read_rows, write_rows
 from ..layout.tables import Table, VocabularyLayout, find_layout, model_name, row_keys
 from ..lazy import lazy_function
+from ..modules.merged_view import MergedView
 from ..modules.splitting import check_ids
 from ..tokens.added import normalize_tokens, token_to_dict, without_tokens_from
 from ..tokens.pieces import Piece
@@ -288,6 +289,24 @@ class PartialEmbedding:
             write_card(folder, card)
             message = commit_message or f"Upload model with {count(self.token_ids, 'trained token row')}"
             return upload(folder, repo_id, commit_message=message, **options)
+
+    def as_merged(self) -> MergedView:
+        """A context manager in which the model's weights are those of the merged model, for whoever walks them.
+
+        ```python
+        with partial.as_merged() as model:
+            engine.load_weights(model.named_parameters())  # or model.state_dict()
+        ```
+
+        No `new_rows` keys, the current rows written into the tables; nothing is copied, and training goes on
+        afterwards. Outside of it `state_dict()` has the rows in the tables as well, and `new_rows` keys beside.
+        In a sharded run (FSDP2) every process opens it.
+
+        Raises:
+            `PartialEmbeddingError`: the tables are partitioned by ZeRO-3 or FSDP1, or offloaded.
+        """
+        self._require_attached("hand on the merged weights")
+        return MergedView(self.model)
 
     def merge(self) -> Any:
         """Leave the rows in the tables of an ordinary model, with the modules that it had before.

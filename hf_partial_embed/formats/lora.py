@@ -57,7 +57,7 @@ def write_lora(
             Its own modules keep their rank and scaling.
 
     Raises:
-        `PartialEmbeddingError`: the base has no row for a token, its embeddings have another width or are quantised,
+        `PartialEmbeddingError`: the base has no row for a token, its embeddings have another width,
             rows are attached to it; a head's bias or further tables, which have no LoRA; `lora` is of another kind,
             another base, or changes the same rows. Nothing is written.
     """

@@ -30,6 +30,7 @@ from .optimizers import (
     take_from_optimizer,
 )
 from .resume import check_tokens, checkpoint_folder, note_tokens, restore_from_files, rounded_rows, rows_file
+from .rollouts import RolloutWeights
 from .watch import RowWatch
 
 __all__ = ["PartialEmbeddingCallback"]
@@ -42,7 +43,9 @@ class PartialEmbeddingCallback(TrainerCallback):
 
     It gives the rows their own learning rate without weight decay, keeps frozen rows unchanged under
     `strategy="mask"`, writes the row file into each checkpoint, continues with the rows' exact values
-    after a resume or when the best model is loaded, and verifies the frozen rows at the end.
+    after a resume or when the best model is loaded, and verifies the frozen rows at the end. TRL's trainers that
+    generate with vLLM hand it the merged model's weights meanwhile; an engine with another number of rows than the
+    model is an error before the first step.
 
     Args:
         partial (`PartialEmbedding`): the rows, or a list of several.
@@ -134,7 +137,7 @@ class PartialEmbeddingCallback(TrainerCallback):
 
     def _make_additions(self, outer: Sequence[nn.Module] = (), smoothing: bool = False) -> list[Addition]:
         """The additions to install while the model trains; raises where the model cannot have one."""
-        additions: list[Addition] = []
+        additions: list[Addition] = [RolloutWeights(self.partials[0].model)]
         if self.chunked_loss:
             additions.append(ChunkedLoss(self.partials[0].model, outer=outer, keep_logits=smoothing))
         if self.frozen_prefix:
