@@ -1,4 +1,4 @@
-"""What `choose_tokens` gives goes into the vocabulary as it was foretold, and sets of both kinds keep their promise."""
+"""What `choose_tokens` gives goes into the vocabulary as foretold, and sets of both kinds keep their promise."""
 
 from __future__ import annotations
 

@@ -95,11 +95,10 @@ def test_expanding_gives_what_the_base_tokenizer_reads(name, kind, tmp_path):
     fired, now, then = check(pages)
     if kind == "chosen":  # what it foretold for a text that it has not seen
         measured = asked.measure(base, pages)
-        specials = set(base.get_added_vocab().values())
         assert measured["longer"] == 0
-        actual = [sum(token_id not in specials for ids in ids_of(each, pages) for token_id in ids)
-                  for each in (base, tokenizer)]  # fmt: skip
-        assert [measured["tokens_before"], measured["tokens_after"]] == actual
+        # Added tokens in the text, which it leaves out, are the same before and after. (Their ids do not tell them:
+        # Gemma's model makes some of them by its own merges, too.)
+        assert measured["tokens_before"] - measured["tokens_after"] == then - now
 
     chance = random.Random(1)
     signs = [*asked, " ", "\n", "x", "中", "\U0001f9ff", "é", "1", "\t", "▁", "Ġ", *base.all_special_tokens]
