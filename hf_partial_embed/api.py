@@ -102,7 +102,7 @@ def add_tokens(
             "entry='vocabulary' cannot be had together. Leave one of them out."
         )
     # A token that the tokenizer has but the table lacks (it was extended first) stays in the tokenizer as it is.
-    there = [known_id(tokenizer, token.content) is not None for token in asked]
+    there = [_is_there(tokenizer, token.content) for token in asked]
     plain = [isinstance(token, str) and not known for token, known in zip(listed, there, strict=True)]
     entering = plan_tokens(tokenizer, asked, plain, entry if reuse is None else "added")
     planned: dict[str, str] = {}
@@ -130,6 +130,17 @@ def add_tokens(
     warn_of_missing_spaces(tokenizer, entering.pieces)
     warn_of_traps(partial)
     return partial
+
+
+def _is_there(tokenizer: Any, text: str) -> bool:
+    """Whether a tokenizer has a token of this name.
+
+    What a byte-level model calls a piece ("ü") may be another text's name for a byte, and "ü" no token: that is seen
+    where tokens are planned, by how the model spells them.
+    """
+    backend = tokenizer._tokenizer if getattr(tokenizer, "is_fast", False) else None
+    is_spelled = backend is not None and bool(text) and all("\u00a1" <= letter <= "\u0143" for letter in text)
+    return known_id(tokenizer, text) is not None and (not is_spelled or text in tokenizer.get_added_vocab())
 
 
 def train_tokens(
