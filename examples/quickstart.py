@@ -66,7 +66,8 @@ def other_texts(names: Sequence[str]) -> list[str]:
 LOADING = {
     "rows": """import sys; from hf_partial_embed import load_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="float32")  # the cache holds bfloat16
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 load_tokens(model, tokenizer, sys.argv[2], trainable=False)
 """,
     "merged": """import sys; from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -119,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         ),
         train_dataset=[{"input_ids": ids} for ids in read["input_ids"]],
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        callbacks=[PartialEmbeddingCallback(partial, learning_rate=args.learning_rate, shared_step=2)],
+        callbacks=[PartialEmbeddingCallback(partial, learning_rate=args.learning_rate)],
     )  # fmt: skip
     trainer.train()
     partial.verify()  # raises if one bit of the frozen rows has changed

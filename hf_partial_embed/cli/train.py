@@ -81,10 +81,6 @@ def add_train(command: AddCommand) -> None:
     made.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
     made.add_argument("--chunked-loss", action="store_true", help="never hold all logits in training")
     made.add_argument("--frozen-prefix", action="store_true", help="no graph for what comes before a new token")
-    made.add_argument(
-        "--shared-step", type=positive, default=0.0, metavar="X",
-        help="all rows take a step together, too, at X times their rate: for terms of one field in texts of one kind",
-    )  # fmt: skip
     made.add_argument("--save-steps", default=200, help="steps between checkpoints (default: 200)", **whole)
     made.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUT.training")
     made.add_argument(
@@ -260,7 +256,6 @@ def _run(
         learning_rate=rate,
         chunked_loss=options.chunked_loss,
         frozen_prefix=options.frozen_prefix,
-        shared_step=options.shared_step,
     )
     trainer = Trainer(
         model=model,

@@ -22,7 +22,6 @@ from .frozen_prefix import FrozenPrefix
 from .optimizers import (
     ExactRows,
     OwnGroup,
-    SharedStep,
     auto_learning_rate,
     check_in_optimizer,
     check_steps,
@@ -65,10 +64,6 @@ class PartialEmbeddingCallback(TrainerCallback):
             less memory. Evaluation has its logits as always.
         frozen_prefix (`bool`): whether to build no graph for what comes before the first new token of a batch, where
             all but the rows is frozen; see `FrozenPrefix`. The same gradients, in less time and memory.
-        shared_step (`float`): learning rate, in units of the rows', of a step that all rows of a table take together
-            beside each row's own; 0 for none. What the texts around all of the tokens have in common is learned
-            from all of them; see `SharedStep`. For tokens of one kind in texts of one kind, such as the terms of a
-            field. Needs `strategy="split"`.
 
     Raises:
         `PartialEmbeddingError`: a negative rate or decay; a model that cannot have a chunked loss, or that has no
@@ -88,14 +83,9 @@ class PartialEmbeddingCallback(TrainerCallback):
         diagnostics: bool = True,
         chunked_loss: bool = False,
         frozen_prefix: bool = False,
-        shared_step: float = 0.0,
     ) -> None:
         self.partials = [partial] if isinstance(partial, PartialEmbedding) else list(partial)
-        for name, value in (
-            ("learning_rate", learning_rate),
-            ("weight_decay", weight_decay),
-            ("shared_step", shared_step),
-        ):
+        for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
             automatic = name == "learning_rate" and value == "auto"
             if not (value is None or automatic) and (isinstance(value, str) or not value >= 0):
                 raise PartialEmbeddingError(f"{name}={value!r} must be a number of at least 0.")
@@ -106,12 +96,6 @@ class PartialEmbeddingCallback(TrainerCallback):
         self.diagnostics = [RowDiagnostics(partial) for partial in self.partials] if diagnostics else []
         self.chunked_loss = chunked_loss
         self.frozen_prefix = frozen_prefix
-        self.shared_step = shared_step
-        if shared_step and any(partial.strategy != "split" for partial in self.partials):
-            raise PartialEmbeddingError(
-                "shared_step moves the trainable rows together, and under strategy='mask' the parameter is the whole "
-                "table. Add the tokens with strategy='split', or leave shared_step out."
-            )
         self._additions = self._make_additions()
         self._watch: RowWatch | None = None
         self._steps: OwnGroup | None = None
@@ -175,14 +159,8 @@ class PartialEmbeddingCallback(TrainerCallback):
             logger.info("Learning rate of the token rows: %.3g.", rate)
         self._watch = RowWatch(self.partials)
         steps = self._steps = OwnGroup(optimizer, parameters, rate, self.weight_decay, flattened)
-        shared = []
-        if self.shared_step:
-            if flattened is not None:
-                raise PartialEmbeddingError("shared_step needs whole rows, but DeepSpeed has flattened them.")
-            shared = [optimizer.register_step_post_hook(SharedStep(optimizer, parameters, self.shared_step))]
         self._hooks = [
             optimizer.register_step_pre_hook(steps.before),
-            *shared,  # while the rows have their own learning rate
             optimizer.register_step_post_hook(steps.after),
             optimizer.register_state_dict_post_hook(ExactRows(exact).store),
         ]

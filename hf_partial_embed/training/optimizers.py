@@ -17,7 +17,6 @@ from ..modules.sharding import from_any_process, is_dtensor
 __all__ = [
     "ExactRows",
     "OwnGroup",
-    "SharedStep",
     "auto_learning_rate",
     "check_in_optimizer",
     "check_steps",
@@ -214,52 +213,6 @@ def take_from_optimizer(partial: PartialEmbedding, optimizer: Any) -> bool:
             parameter.copy_(rows)
         found = found or rows is not None
     return found
-
-
-_SHARED = "hf_partial_embed_shared"
-_FIRST, _SECOND, _TINY = 0.9, 0.999, 1e-8
-
-
-class SharedStep:
-    """Moves all rows of a table together, beside the step that each takes by itself.
-
-    As if each row were its own part plus one part that all of them share, `w_k + u`: the gradient of `u` is the sum
-    of the rows' gradients, and `u` takes Adam's step with it, at `factor` times the rows' learning rate. A row
-    alone sees the few texts that have its token, and learns what these happen to say; what all of the texts have in
-    common is in the sum, where the rest averages out. The rows stay one parameter, and nothing else of the model
-    changes.
-
-    Its moments are kept in the optimizer's state, so that checkpoints have them.
-
-    Args:
-        parameters: the tables' rows, each `[K, d]`.
-        optimizer: the one that steps on them.
-        factor: of the learning rate.
-    """
-
-    def __init__(self, optimizer: Any, parameters: list[nn.Parameter], factor: float = 1.0) -> None:
-        self.factor = factor
-        self.parameters = [parameter for parameter in parameters if parameter.dim() > 1]
-        if any(is_dtensor(parameter) for parameter in self.parameters):
-            raise PartialEmbeddingError("shared_step needs whole rows, but they are sharded. Leave it out here.")
-        self.optimizer = optimizer
-
-    @torch.no_grad()
-    def __call__(self, optimizer: Any, *_: object) -> None:
-        rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
-        for parameter in self.parameters:
-            if parameter.grad is None or not parameter.requires_grad:
-                continue
-            gradient = parameter.grad.float().sum(0)
-            state = self.optimizer.state[parameter]
-            # Moments, and the number of steps in every place: one tensor, which an optimizer's state can hold.
-            held = state.setdefault(_SHARED, gradient.new_zeros(3, *gradient.shape))
-            held[0].lerp_(gradient, 1 - _FIRST)
-            held[1].lerp_(gradient.square(), 1 - _SECOND)
-            held[2] += 1
-            first, second = held[0] / (1 - _FIRST ** held[2]), held[1] / (1 - _SECOND ** held[2])
-            step = self.factor * rates[id(parameter)] * first / (second.sqrt() + _TINY)
-            parameter.sub_(step.to(parameter.dtype))
 
 
 # The learning rate, as a share of the old rows' root mean square, at the top of the schedule.
