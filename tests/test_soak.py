@@ -134,9 +134,8 @@ class Life:
 
     def refuse(self) -> None:
         """What cannot be done changes nothing."""
-        tokens = self.live[-1].tokens if self.live and self.live[-1].tokens else ["<s>"]
         for call in (
-            lambda: add_tokens(self.model, self.tokenizer, ["<fine>", tokens[0]], strategy=self.strategy),
+            lambda: add_tokens(self.model, self.tokenizer, ["<fine>", "<s>"], strategy=self.strategy),
             lambda: train_tokens(self.model, self.tokenizer, [5, 10**6], strategy=self.strategy),
             lambda: load_tokens(self.model, self.tokenizer, self.folder / "nothing"),
         ):

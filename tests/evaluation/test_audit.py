@@ -170,8 +170,7 @@ class TestProblems:
         return [problem.what for problem in audit_tokens(model, tokenizer).problems]
 
     def test_none(self, chat_tokenizer):
-        (what,) = self.problems(trained_model(), chat_tokenizer)
-        assert "refuses all sample conversations" in what
+        assert self.problems(trained_model(), chat_tokenizer) == []
 
     def test_generation_stops_at_what_the_template_never_writes(self, chat_tokenizer):
         model = trained_model()
