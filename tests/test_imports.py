@@ -23,10 +23,11 @@ OPTIONAL = [
 ]
 
 TIMED = """
-import json, sys, time
+import gc, json, sys, time
 import torch, transformers
 from transformers import Trainer, TrainerCallback, AutoTokenizer, PreTrainedModel
 loaded = set(sys.modules)
+gc.disable()  # a pass over all that torch and transformers hold may fall into any import
 start = time.process_time()
 import hf_partial_embed
 for name in hf_partial_embed.__all__:
@@ -47,7 +48,7 @@ def test_import_of_every_name_takes_50_ms_at_most_over_torch_and_transformers():
     # Processor time of the process, and the smallest of a few: the first compiles the modules, as an installation
     # does, and what else runs on the machine can only add to it.
     results = [run(TIMED) for _ in range(2)]
-    while min(result["seconds"] for result in results) > 0.05 and len(results) < 6:
+    while min(result["seconds"] for result in results) > 0.05 and len(results) < 5:
         results.append(run(TIMED))
     assert min(result["seconds"] for result in results) <= 0.05
     optional = {name.partition(".")[0] for name in results[0]["modules"]} & set(OPTIONAL)
