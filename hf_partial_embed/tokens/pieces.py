@@ -191,7 +191,8 @@ class WholeWords(Planner):
         return tokens
 
     def plan(self, wanted: Iterable[Piece]) -> tuple[list[Piece], dict[str, PartialEmbeddingError]]:
-        whole, others = [], []
+        whole: list[Piece] = []
+        others: list[Piece] = []
         for piece in wanted:
             (whole if self.spelling.is_whole(piece.text, piece.spelling) else others).append(piece)
         made, refused = self._simple(whole)
