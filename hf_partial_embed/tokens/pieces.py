@@ -191,15 +191,16 @@ class WholeWords(Planner):
         return tokens
 
     def plan(self, wanted: Iterable[Piece]) -> tuple[list[Piece], dict[str, PartialEmbeddingError]]:
-        listed = list(wanted)
-        whole = [piece for piece in listed if self.spelling.is_whole(piece.text, piece.spelling)]
+        whole: list[Piece] = []
+        others: list[Piece] = []
+        for piece in wanted:
+            (whole if self.spelling.is_whole(piece.text, piece.spelling) else others).append(piece)
         made, refused = self._simple(whole)
-        for piece in listed:
-            if piece not in whole:
-                refused[piece.spelling] = PartialEmbeddingError(
-                    f"{piece.text!r} is no whole word by itself, and only such come into a WordPiece vocabulary. "
-                    "Add it with entry='added'."
-                )
+        for piece in others:
+            refused[piece.spelling] = PartialEmbeddingError(
+                f"{piece.text!r} is no whole word by itself, and only such come into a WordPiece vocabulary. "
+                "Add it with entry='added'."
+            )
         return made, refused
 
     def reads(self, text: str) -> bool:
