@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +103,14 @@ def share_that_stops(model: Any, tokenizer: Any, questions: list[str]) -> tuple[
     return stopped, shown[:3]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> dict[str, tuple[int, int]]:
+    """Run the comparison; returns by arm how many numbers train, and how many replies stop by themselves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=Path("smollm2"), help="folder of the converted model")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--held-out", type=int, default=100, help="questions that are asked")
     parser.add_argument("--arms", nargs="+", default=["untouched", "broken", "rows", "lora"])
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     require(["peft"] if "lora" in options.arms else [])
     pairs = chats()
     questions, trained_on = [question for question, _ in pairs[: options.held_out]], pairs[options.held_out :]
@@ -140,6 +142,7 @@ def main() -> None:
     print(f"\n{'arm':12}{'trainable':>12}{'stop by themselves':>22}")
     for arm, (trainable, stopped) in results.items():
         print(f"{arm:12}{trainable:12,}{stopped:15} of {len(questions)}")
+    return results
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def table_of(model, which: str = "input") -> torch.Tensor:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What runs in several processes first: it takes longest, and the other workers have enough to do meanwhile."""
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+    items.sort(key=lambda item: item.path.name != "test_distributed.py")
 
 
 @pytest.fixture

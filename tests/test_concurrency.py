@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import logging
 import pickle
 import sys
@@ -16,6 +17,7 @@ import torch
 from added import add_tokens
 from conftest import bpe_tokenizer, build_model, logits_of, run_model
 from processes import rows
+from quick import quick
 from torch.utils.data import DataLoader, Dataset
 
 from hf_partial_embed import TokenRows
@@ -67,7 +69,7 @@ class Logits(Dataset):
 
 @pytest.mark.parametrize(
     ("strategy", "start_method"),
-    [("split", "fork"), ("mask", "fork"), ("split", "spawn"), pytest.param("mask", "spawn", marks=pytest.mark.slow)],
+    quick(itertools.product(("split", "mask"), ("fork", "spawn")), lambda strategy, start: start == "fork"),
 )
 def test_workers_of_a_data_loader_compute_the_same(strategy, start_method):
     model, _, partial = prepared(strategy, tied=True)

@@ -124,6 +124,7 @@ def test_adding_tokens_copies_the_table_once(tied, monkeypatch):
     assert len(large) == (1 if tied else 2), list(zip(counted.sizes, counted.names, strict=True))[:50]
 
 
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["tied", "untied"])
 def test_a_compiled_model_is_one_graph_for_all_batch_shapes(tied):
     model = build_model("llama", tied=tied).requires_grad_(False)
     partial = add_tokens(model, bpe_tokenizer(), ["<a>", "<b>"])

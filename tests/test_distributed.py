@@ -1,7 +1,7 @@
 """Rows in two real processes (gloo): DDP, FSDP2 directly, by accelerate and by transformers, FSDP1, DeepSpeed ZeRO.
 
-Each engine is started once and runs all of its cases, which are in `distributed_cases.py`. FSDP2 in a Trainer and as
-transformers loads it take longest and are run with the slow tests, and so is DeepSpeed, which is not among what the
+Each engine is started once and runs all of its cases, which are in `distributed_cases.py`. FSDP1, and FSDP2 in a
+Trainer and as transformers loads it, are run with the slow tests, and so is DeepSpeed, which is not among what the
 tests install (`DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed`):
 
     python -m pytest -m slow tests/test_distributed.py
@@ -16,14 +16,13 @@ from distributed_cases import OTHERS, SETTINGS, TRAININGS
 from two_processes import open_store, results
 
 CASES = [setting.name for setting in SETTINGS]
-SLOW = {"fsdp2-trainer", "fsdp2-transformers"}
+SLOW = {"fsdp1", "fsdp2-trainer", "fsdp2-transformers"}
 
 
 def marked(engine: str, *values: str):
-    """One engine's cases are run by one worker, which starts it once."""
-    deepspeed = engine.startswith("zero")
-    marks = [pytest.mark.xdist_group(engine), *([pytest.mark.slow] if deepspeed or engine in SLOW else [])]
-    return pytest.param(engine, *values, marks=marks)
+    return pytest.param(
+        engine, *values, marks=[pytest.mark.slow] if engine.startswith("zero") or engine in SLOW else []
+    )
 
 
 def check(engine: str, case: str) -> None:

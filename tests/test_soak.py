@@ -258,7 +258,7 @@ class Soak(RuleBasedStateMachine):
 
 
 TestAnyOrder = Soak.TestCase
-TestAnyOrder.settings = settings(max_examples=16, stateful_step_count=15, deadline=None, derandomize=True)
+TestAnyOrder.settings = settings(max_examples=10, stateful_step_count=15, deadline=None, derandomize=True)
 
 
 def resident_bytes() -> int:

@@ -38,7 +38,7 @@ __all__ = ["PartialEmbedding", "TokenRows", "attach_rows"]
 
 logger = logging.getLogger(__name__)
 
-_evaluate_live = lazy_function("evaluation.evaluate", "evaluate_live")  # a wing above this one
+_evaluate = lazy_function("evaluation.evaluate", "evaluate")  # a wing above this one
 
 
 class PartialEmbedding:
@@ -104,25 +104,13 @@ class PartialEmbedding:
         timed_texts: int = 0,
         progress: bool = True,
     ) -> Any:
-        """Compare the model, on texts, with the model that it was before the tokens were added.
+        """Compare the model, on texts, with what it was before: `hf_partial_embed.evaluate(None, self, texts)`.
 
-        With the original tokenisation, and the new tokens' outputs left out of the softmax, this model computes what
-        the base model does, bit for bit, so nothing else has to be loaded. Model and tokenizer are unchanged.
-
-        Args:
-            texts: any number of texts, with new tokens and without, none of which should have been trained on.
-            batch_size, max_length, stride, timed_texts, progress: as in `hf_partial_embed.evaluate`, which says how
-                texts are scored.
-
-        Returns:
-            `EvaluationReport`: `print` it, or see `to_dict()`.
-
-        Raises:
-            `PartialEmbeddingError`: there is no text; the tokens existed before; the tokenizer has no fast backend;
-                log-probabilities are not finite.
+        Args, result and errors are those of `hf_partial_embed.evaluate`, which says how texts are scored. Give texts
+        with new tokens and without, none of which were trained on. Model and tokenizer are unchanged.
         """
         options = {"max_length": max_length, "stride": stride, "timed_texts": timed_texts, "progress": progress}
-        return _evaluate_live(self, texts, batch_size=batch_size, **options)
+        return _evaluate(None, self, texts, batch_size=batch_size, **options)
 
     @property
     def strategy(self) -> str:

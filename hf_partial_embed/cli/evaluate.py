@@ -41,7 +41,7 @@ def add_evaluate(command: AddCommand) -> None:
 def _evaluate(options: argparse.Namespace) -> int:
     texts = _read_texts(Path(options.texts))
     picture = None if options.picture is None else _picture(Path(options.picture))
-    from ..evaluation.evaluate import evaluate, evaluate_live
+    from ..evaluation.evaluate import evaluate
 
     arguments: dict[str, Any] = {
         "batch_size": options.batch_size, "max_length": options.max_length, "stride": options.stride,
@@ -54,7 +54,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         from ..files.pretrained import load_model, load_tokenizer
 
         model, tokenizer = load_model(options.base), load_tokenizer(options.base)
-        report = evaluate_live(load_tokens(model, tokenizer, options.adapted, trainable=False), texts, **arguments)
+        report = evaluate(None, load_tokens(model, tokenizer, options.adapted, trainable=False), texts, **arguments)
     if picture is not None:
         from ..evaluation.plot import plot_report
 

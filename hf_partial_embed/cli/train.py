@@ -293,12 +293,12 @@ def _blocks(tokenizer: Any, texts: list[str], length: int, *, special: bool) -> 
 def _measure(partial: PartialEmbedding, texts: list[str], options: argparse.Namespace) -> EvaluationReport | None:
     if not texts:
         return None
-    from ..evaluation.evaluate import evaluate, evaluate_live
+    from ..evaluation.evaluate import evaluate
 
     partial.model.eval()
     progress = not options.quiet
     if options.body == "frozen":
-        return evaluate_live(partial, texts, progress=progress)
+        return evaluate(None, partial, texts, progress=progress)
     # The body is another one now: the model before has to be read again.
     return evaluate(options.model, (partial.model, partial.tokenizer), texts, progress=progress)
 

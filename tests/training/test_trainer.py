@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import bpe_tokenizer, build_model, logits_of, snapshot, table_of
+from quick import quick
 from trainings import TOKENS, Texts, arguments, frozen_part, rows_of, setup, train
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
@@ -37,23 +38,30 @@ def test_old_rows_bit_identical_after_trainer_with_decay(tmp_path, tied, strateg
     assert not torch.isclose(partial.token_rows().input_rows, start).all(1).any()
 
 
+RUNS = [
+    {},
+    {"gradient_accumulation_steps": 2},
+    {"bf16": True},
+    {"activation_checkpointing": True},
+    {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "save_steps": 2},
+    {"optim": "sgd"},
+    {"optim": "adafactor"},
+    {"lr_scheduler_type": "cosine", "max_grad_norm": 0.1},
+    {"save_total_limit": 1},
+]
+KINDS = [("split", torch.float32), ("split", torch.bfloat16), ("mask", torch.float32)]
+
+
+# Each kind without options, and each option with one of the kinds in turn.
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"gradient_accumulation_steps": 2},
-        {"bf16": True},
-        {"activation_checkpointing": True},
-        {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "save_steps": 2},
-        {"optim": "sgd"},
-        {"optim": "adafactor"},
-        {"lr_scheduler_type": "cosine", "max_grad_norm": 0.1},
-        {"save_total_limit": 1},
-    ],
+    ("strategy", "dtype", "options"),
+    quick(
+        [(*kind, options) for kind in KINDS for options in RUNS],
+        lambda strategy, dtype, options: (
+            not options or RUNS.index(options) % len(KINDS) == KINDS.index((strategy, dtype))
+        ),
+    ),
     ids=str,
-)
-@pytest.mark.parametrize(
-    ("strategy", "dtype"), [("split", torch.float32), ("split", torch.bfloat16), ("mask", torch.float32)], ids=str
 )
 def test_resumed_run_continues_bit_for_bit(tmp_path, strategy, dtype, options):
     # Loading rounds Adafactor's own float32 statistics of a bfloat16 body, with or without us.
