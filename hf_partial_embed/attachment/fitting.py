@@ -70,7 +70,7 @@ def fit_rows(
         if given is None:
             missing.append(table)
             continue
-        width = tuple(table.tensor.movedim(table.dim, 0).shape[1:])
+        width = table.row_shape
         if tuple(given.shape[1:]) != width:
             raise PartialEmbeddingError(
                 f"Cannot attach {len(given)} rows of width {'×'.join(map(str, given.shape[1:]))} to {here}: its "

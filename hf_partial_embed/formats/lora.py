@@ -149,7 +149,7 @@ def _check_rows(rows: TokenRows, base: Any, layout: VocabularyLayout) -> None:
         raise PartialEmbeddingError(
             f"These rows have more than a LoRA adapter can hold: {shorten(beyond)}. Publish the merged model."
         )
-    width = layout.tables[0].tensor.shape[1]
+    (width,) = layout.tables[0].row_shape
     if rows.input_rows.shape[1] != width:
         raise PartialEmbeddingError(
             f"The rows are {rows.input_rows.shape[1]} wide and the embeddings of {type(base).__name__} {width}: they "

@@ -25,7 +25,7 @@ from ..modules.rows import PartialModule
 from ..modules.sharding import is_dtensor, is_sharded, part_of, sharded_row_digests, whole, whole_rows, write_rows
 from .rebuilding import DifferentVocabularies, resizing_by_building, unread_tables
 from .resizing import resizing_by_itself
-from .storage import is_quantized, offloaded_value, plain_value, tensor_of
+from .storage import is_quantized, logical_shape, offloaded_value, plain_value, tensor_of
 from .structure import Resizing, input_weight, named_counts, named_tensors, try_call
 
 __all__ = ["Table", "VocabularyLayout", "find_layout", "model_name", "row_keys"]
@@ -83,6 +83,12 @@ class Table:
         module, attribute = self.holders[0]
         source = module._row_sources.get(attribute) if isinstance(module, PartialModule) else None
         return tuple(self.tensor.shape) if source is None else source.shape
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one row, dequantised where the table is quantised."""
+        shape = self.shape if self.sharded else logical_shape(*self.holders[0])
+        return shape[: self.dim] + shape[self.dim + 1 :]
 
     @property
     def sharded(self) -> bool:

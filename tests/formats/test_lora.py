@@ -6,9 +6,10 @@ import json
 
 import pytest
 import torch
-from conftest import PEFT_WARNING, bpe_tokenizer, build_model, logits_of
+from conftest import PEFT_WARNING, as_computed_everywhere, bpe_tokenizer, build_model, logits_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from hf_partial_embed import PartialEmbeddingError, TokenRows, add_tokens, load_tokens, train_tokens
 from hf_partial_embed.formats import read_lora, write_lora
@@ -135,6 +136,32 @@ def test_bfloat16_base(tmp_path):
     close(logits_of(loaded, IDS), logits_of(exact, IDS))
 
 
+@pytest.mark.filterwarnings("ignore")  # of the quantisers themselves
+@pytest.mark.parametrize("skipped", ["lm_head", "none"], ids=["body", "body and head"])
+def test_quantised_base(tmp_path, skipped):
+    """A quantised body is no matter; of a quantised head the differences are to the values that it holds."""
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=[skipped]
+    )
+
+    def load():
+        return as_computed_everywhere(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=settings, dtype=torch.float32)
+        )
+
+    generator = torch.Generator().manual_seed(1)
+    rows = TokenRows(EXISTING, *torch.randn(2, 2, 64, generator=generator).unbind())
+    write_lora(rows, tmp_path / "lora", load(), bpe_tokenizer())
+    merged = load()
+    rows.attach(merged, bpe_tokenizer()).merge()
+    adapted = as_computed_everywhere(PeftModel.from_pretrained(load(), tmp_path / "lora").eval())
+    close(logits_of(adapted, IDS), logits_of(merged, IDS))
+
+
 def test_size_is_what_the_format_needs(tmp_path):
     rows, _ = trained("llama", True)
     write_lora(rows, tmp_path, build_model("llama", 300), bpe_tokenizer())
@@ -170,8 +197,6 @@ def test_what_has_no_lora_is_refused(tmp_path):
 
 
 def _wider():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     return LlamaForCausalLM(
         LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from added import add_tokens
-from conftest import bpe_tokenizer, logits_of
+from conftest import as_computed_everywhere, bpe_tokenizer, logits_of
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 TOKENS = ["<think>", "</think>", "praseodymium"]
@@ -44,14 +44,6 @@ def assert_reloads(model, ids, path):
     loaded, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     torch.testing.assert_close(logits_of(as_computed_everywhere(loaded), ids), expected)
-
-
-def as_computed_everywhere(model):
-    """bitsandbytes has a kernel for some processors that computes in bfloat16, and not in every forward."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return model
 
 
 def hooks_of(model):
