@@ -21,7 +21,7 @@ import torch
 from conftest import bpe_tokenizer, build_model, logits_of
 from real_tokenizers import real_tokenizer, sources
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_partial_embed import add_tokens, choose_tokens
 
@@ -114,14 +114,28 @@ sys.argv = ["convert", *arguments]
 converter.main()
 """
 
-_TOKENIZE = """
+_ASK = """
 import {readFileSync, writeFileSync} from "node:fs";
 
-const [installed, file, texts, ids] = process.argv.slice(2);
+const [installed, file, asked, answered] = process.argv.slice(2);
+const {texts, prompts, length} = JSON.parse(readFileSync(asked, "utf-8"));
 const {getLlama} = await import(installed);
 const llama = await getLlama({gpu: false, build: "never", logLevel: "error"});
-const model = await llama.loadModel({modelPath: file, vocabOnly: true});
-writeFileSync(ids, JSON.stringify(JSON.parse(readFileSync(texts, "utf-8")).map((text) => model.tokenize(text, true))));
+const model = await llama.loadModel({modelPath: file});
+const ids = texts.map((text) => model.tokenize(text, true));
+const context = await model.createContext({contextSize: 256, threads: 1, flashAttention: false});
+const sequence = context.getSequence();
+const answers = [];
+for (const prompt of prompts) {
+  const answer = [];
+  await sequence.clearHistory();
+  for await (const token of sequence.evaluate(prompt, {temperature: 0, yieldEogToken: true})) {
+    answer.push(token);
+    if (answer.length === length) break;
+  }
+  answers.push(answer);
+}
+writeFileSync(answered, JSON.stringify({ids, answers}));
 process.exit(0);
 """
 
@@ -136,6 +150,42 @@ TEXTS = {
     " 日本語のテスト、カタカナ。한국어 시험 नमस्ते Български",
     "whitespace": "a  b   c\n\n\n  d\t\te \t f\r\n\r\n    g\u00a0h \n \n\n    \n        return\n\t\tself   ",
 }
+
+
+_LENGTH = 12
+
+
+def _model(name, size):
+    """SmolLM2 itself where `SMOLLM2` names it, else a random model of a head size that llama.cpp takes."""
+    if name == "smollm2" and "SMOLLM2" in os.environ:
+        return AutoModelForCausalLM.from_pretrained(os.environ["SMOLLM2"], dtype=torch.float32)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=size, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=512, initializer_range=0.2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+@torch.no_grad()
+def _say(model, partial, token, ids):
+    """Set the row of a token so that the model says it after `ids`: along its last hidden state, above all logits."""
+    state = model.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
+    *_, rows = partial.parameters()
+    rows[partial.tokens.index(token)] = state * ((model.lm_head(state).max() + 2) / state.square().sum())
+
+
+@torch.no_grad()
+def _greedy(model, ids):
+    out = model.generate(
+        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=_LENGTH,
+        min_new_tokens=_LENGTH, do_sample=False, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return out[0, len(ids) :].tolist()
+
+
+def _count(answers, ids):
+    return sum(one in ids for answer in answers for one in answer)
 
 
 def _tokenizer_and_reserved(name, folder):
@@ -160,13 +210,18 @@ def _tokenizer_and_reserved(name, folder):
 )
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["gpt2", "llama3_2", "smollm2"])
-def test_llama_cpp_reads_chosen_and_reserved_tokens_with_the_same_ids(name, tmp_path):
+def test_llama_cpp_reads_chosen_and_reserved_tokens_and_answers_with_the_same_ids(name, tmp_path):
     tokenizer, reserved = _tokenizer_and_reserved(name, tmp_path)
     tokenizer.save_pretrained(tmp_path / "base")
-    model = build_model("llama", len(tokenizer))
+    model = _model(name, len(tokenizer))
     chosen = choose_tokens(tokenizer, sources("cdef", 400_000).splitlines(keepends=True), 500)
     words = add_tokens(model, tokenizer, [*chosen, IN_ITS_TEST_TEXT], entry="vocabulary")
     tools = add_tokens(model, tokenizer, ["<tool>", "</tool>"], special=True, reuse=reserved, force=bool(reserved))
+    # New tokens stand in the prompts and, by their rows, in the first two answers.
+    prompts = [f"{token} <tool>{token}" for token in words.tokens[:8]]
+    prompts = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    _say(model, tools, "</tool>", prompts[0])
+    _say(model, words, words.tokens[8], prompts[1])
     model.save_pretrained(tmp_path / "merged")
     tokenizer.save_pretrained(tmp_path / "merged")
 
@@ -178,17 +233,23 @@ def test_llama_cpp_reads_chosen_and_reserved_tokens_with_the_same_ids(name, tmp_
 
     often = "".join(f"{token} <tool>{token}</tool>{token}\n" for token in words.tokens)
     texts = {**TEXTS, "new tokens": often * 3}
-    asked, answered, script = (tmp_path / part for part in ("texts.json", "ids.json", "tokenize.mjs"))
-    asked.write_text(json.dumps(list(texts.values())), "utf-8")
-    script.write_text(_TOKENIZE, "utf-8")  # a file: the package starts processes with this one's arguments
+    again = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    asked, answered, script = (tmp_path / part for part in ("asked.json", "answered.json", "ask.mjs"))
+    asked.write_text(json.dumps({"texts": list(texts.values()), "prompts": prompts, "length": _LENGTH}), "utf-8")
+    script.write_text(_ASK, "utf-8")  # a file: the package starts processes with this one's arguments
     installed = Path(os.environ["NODE_LLAMA_CPP"], "node_modules/node-llama-cpp/dist/index.js").resolve().as_uri()
     _run(["node", str(script), installed, str(file), str(asked), str(answered)])
-    again = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    found = json.loads(answered.read_text("utf-8"))
     new, seen = {*words.token_ids, *tools.token_ids}, set()
-    for (kind, text), ids in zip(texts.items(), json.loads(answered.read_text("utf-8")), strict=True):
+    for (kind, text), ids in zip(texts.items(), found["ids"], strict=True):
         assert ids == again(text, add_special_tokens=False)["input_ids"], kind
         seen |= new.intersection(ids)
         print(f"{name}, {kind}: {len(ids)} ids equal, {sum(one in new for one in ids)} of them new")
+    expected = [_greedy(plain, prompt) for prompt in prompts]
+    assert found["answers"] == expected
+    print(f"{name}: {len(prompts)} greedy answers of {_LENGTH} ids equal, {_count(expected, new)} ids of them new")
+    assert expected[0][0] == tools.token_ids[1] and expected[1][0] in new
     print(f"{name}: {len(seen)} of {len(new)} new tokens seen")
     assert set(tools.token_ids) <= seen and len(seen) > 0.9 * len(new)
     assert not reserved or max(tools.token_ids) < min(words.token_ids)  # ids of the base

@@ -27,6 +27,7 @@ from conftest import bpe_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_partial_embed import add_tokens, train_tokens
+from hf_partial_embed.attachment.growth import add_spare_rows
 from hf_partial_embed.formats import write_lora
 
 PYTHON = os.environ.get("VLLM_PYTHON")
@@ -226,6 +227,38 @@ def test_adapters_of_rows_answer_as_the_merged_models_two_in_one_batch(tmp_path)
         assert any(new & set(ids) for _, ids in expected[-1]), "a token whose row is the adapter's is in an answer"
     for name, answers, wanted in zip(MODELS, ask_vllm(tmp_path, engines), expected, strict=True):
         same(answers, wanted, f"{name}, two adapters")
+
+
+def test_adapters_of_different_tokens_on_the_spare_rows_of_one_base(tmp_path):
+    """The base has rows that no token has; each adapter brings its own tokens for the same ids."""
+    tokens = {"one": ["<think>", "</think>"], "two": ["<|user|>", "<|assistant|>", "<|end|>"]}
+    engines, expected = [], []
+    for name, tied in {"tied": True, "untied": False}.items():
+        base, loras, wanted, requests = tmp_path / name, {}, [], []
+        model, tokenizer = tiny(tied)
+        add_spare_rows(model, 320)
+        model.save_pretrained(base)
+        tokenizer.save_pretrained(base)
+        for number, (lora, own) in enumerate(tokens.items()):
+            model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+            partial = add_tokens(model, tokenizer, own, special=True)
+            assert partial.token_ids == list(range(300, 300 + len(own))) and model.config.vocab_size == 320
+            say(model, partial, own[0], tokenizer(TEXTS[number])["input_ids"])
+            rows, whole = partial.token_rows(), tmp_path / f"{name}-{lora}-merged"
+            write_lora(rows, tmp_path / f"{name}-{lora}", AutoModelForCausalLM.from_pretrained(base), tokenizer)
+            model.save_pretrained(whole)
+            tokenizer.save_pretrained(whole)
+            loras[lora] = str(tmp_path / f"{name}-{lora}")
+            found, _ = expected_of(whole, [{"text": text} for text in [*TEXTS, f"{own[1]} twins {own[0]}"]])
+            assert any(set(partial.token_ids) & set(ids) for _, ids in found), "a new token in an answer"
+            wanted += found
+            requests += [{"ids": ids, "lora": lora} for ids, _ in found]
+        engines.append(
+            {"model": str(base), "loras": loras, "max_lora_rank": 8, "requests": requests, "max_tokens": STEPS}
+        )
+        expected.append(wanted)
+    for name, answers, wanted in zip(("tied", "untied"), ask_vllm(tmp_path, engines), expected, strict=True):
+        same(answers, wanted, f"{name}, adapters on spare rows")
 
 
 def post(url, **body):
