@@ -26,10 +26,19 @@ from methods import Shape
 from tqdm import tqdm
 
 SECTIONS = ["training", "parts", "rows", "vocabulary", "loss", "prefix", "adding", "saving", "generating", "compiled"]
+LARGE = "large"  # tables of models with billions of parameters, for a GPU; not among the default ones
 
 
-def shapes(section: str, on_gpu: bool, tokens: int) -> list[Shape]:
+def shapes(section: str, on_gpu: bool, tokens: int, shrink: int = 1) -> list[Shape]:
     """What a section is measured on. Smollm2: 49152×576; Qwen2: 151936×896; Llama 3: 128256×4096."""
+    if section == LARGE:
+        # Llama 3 8B, Qwen3 8B, Gemma 2 2B.
+        sizes = [(128256, 4096, False), (151936, 4096, False), (262144, 2304, True)]
+        return [
+            Shape(number // shrink, width // shrink, tokens, long // shrink, tied=tied, dtype="bfloat16")
+            for number, width, tied in sizes
+            for long in (2048, 8192)
+        ]
     positions = 8192 if on_gpu else 128
     small = Shape(49152, 576, tokens, positions)
     qwen = Shape(151936, 896, tokens, positions // 2)
@@ -58,7 +67,7 @@ def shapes(section: str, on_gpu: bool, tokens: int) -> list[Shape]:
 MEASURES = {
     "training": sections.training, "parts": sections.parts, "rows": sections.training, "vocabulary": sections.training,
     "loss": sections.loss, "adding": sections.adding, "saving": sections.saving, "generating": sections.generating,
-    "compiled": sections.compiled,
+    "compiled": sections.compiled, LARGE: sections.large,
 }  # fmt: skip
 
 
@@ -107,7 +116,12 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", nargs="+", default=SECTIONS, choices=SECTIONS, help="default: all")
+    parser.add_argument(
+        "--sections", nargs="+", default=SECTIONS, choices=[*SECTIONS, LARGE], help="default: all but large"
+    )
+    parser.add_argument(
+        "--shrink", type=int, default=1, metavar="N", help="divide the sizes of section large, to try it on a CPU"
+    )
     parser.add_argument("--tokens", type=int, default=100, help="new tokens (default: %(default)s)")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument(
@@ -130,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     results: list[dict[str, Any]] = json.loads(path.read_text())["results"] if path.is_file() else []
     for section in tqdm(args.sections, desc="sections"):
         results = [result for result in results if result["section"] != section]
-        jobs = [None] if section == "prefix" else shapes(section, device.type == "cuda", args.tokens)
+        jobs = [None] if section == "prefix" else shapes(section, device.type == "cuda", args.tokens, args.shrink)
         for shape in jobs:
             if shape is None:
                 model, tokenizer = load_smollm2(args.smollm2)

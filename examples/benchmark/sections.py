@@ -31,7 +31,15 @@ def _step(prepared: Prepared, ids: torch.Tensor, optimizer: torch.optim.Optimize
         parameter.grad = None
 
 
-def training(shape: Shape, device: torch.device, repetitions: int) -> Rows:
+def large(shape: Shape, device: torch.device, repetitions: int) -> Rows:
+    """`training` for tables of several GB, of which no checkpoint is written; seconds and peaks beside the ratios."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return training(shape, device, repetitions, save=False)
+
+
+def training(shape: Shape, device: torch.device, repetitions: int, *, save: bool = True) -> Rows:
     """A training step by each method: forward and backward, and with AdamW's step."""
     ids = torch.randint(0, shape.vocabulary + shape.tokens, (1, shape.positions), device=device)
     passes: dict[str, Callable[[], object]] = {}
@@ -49,7 +57,7 @@ def training(shape: Shape, device: torch.device, repetitions: int) -> Rows:
             "trainable": sum(parameter.numel() for parameter in prepared.parameters),
             "MB allocated": allocated_bytes(passes[method]) / 1e6,
             "peak MB": peak_bytes(passes[method], device) / 1e6,
-            "saved MB": saved_bytes(prepared.save) / 1e6 if method != FROZEN else None,
+            "saved MB": saved_bytes(prepared.save) / 1e6 if save and method != FROZEN else None,
         })  # fmt: skip
     limit = rows[0]["MB allocated"]
     pass_times = time_ratios(passes, repetitions, device, FROZEN)
@@ -58,6 +66,7 @@ def training(shape: Shape, device: torch.device, repetitions: int) -> Rows:
         row["MB allocated beyond"] = row.pop("MB allocated") - limit
         row["forward+backward"] = pass_times[row["method"]]["ratio"]
         row["step"] = step_times[row["method"]]["ratio"]
+        row["step, milliseconds"] = 1000 * step_times[row["method"]]["seconds"]
     return rows
 
 
