@@ -57,10 +57,15 @@ def build(shape: Shape, device: torch.device) -> tuple[LlamaForCausalLM, PreTrai
     )  # fmt: skip
     with device:
         model = LlamaForCausalLM(config).to(getattr(torch, shape.dtype)).requires_grad_(False)
-    words = {f"word{number}": number for number in range(shape.vocabulary)}
+    return model, word_tokenizer(shape.vocabulary)
+
+
+def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of the words `word0`, `word1`, ..."""
+    words = {f"word{number}": number for number in range(size)}
     backend = Tokenizer(models.WordLevel(words, unk_token="word0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return model, PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="word0")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="word0", pad_token="word0")
 
 
 def new_tokens(shape: Shape) -> dict[str, str]:
