@@ -182,7 +182,8 @@ class Attachment:
                 self._do(SetAttribute(module, "resize_token_embeddings", _refuse_resize))
         for table in self.trained:
             own, *narrower = casts_of(table.dtype)
-            self._digests[table.name] = {own: table.digests(), **{cast: table.digests([cast]) for cast in narrower}}
+            digests = table.digests_through([[], *([cast] for cast in narrower)])
+            self._digests[table.name] = dict(zip([own, *narrower], digests, strict=True))
         for table in self.trained:
             rows = table.tensor if self.strategy == "mask" else self.rows[table.name]
             rows.requires_grad_(self._flags.get(table.name, self.trainable))
