@@ -55,7 +55,8 @@ def normalize_tokens(tokens: Iterable[str | AddedToken], special: bool) -> list[
             check_unicode(token)
             made.append(AddedToken(token, special=special, normalized=not special))
         elif isinstance(token, AddedToken):
-            made.append(token_from_dict({**token_to_dict(token), "special": token.special or special}))
+            check_unicode(token.content)
+            made.append(_copied(token, special))
         else:
             raise PartialEmbeddingError(
                 f"A token must be a str or an AddedToken, but got {token!r} ({type(token).__name__})."
@@ -94,9 +95,9 @@ def token_from_dict(values: dict[str, Any]) -> AddedToken:
     return AddedToken(values["content"], **{flag: bool(values[flag]) for flag in TOKEN_FLAGS})
 
 
-def _copied(token: AddedToken) -> AddedToken:
+def _copied(token: AddedToken, special: bool = False) -> AddedToken:
     return AddedToken(
-        token.content, special=token.special, lstrip=token.lstrip, rstrip=token.rstrip,
+        token.content, special=special or token.special, lstrip=token.lstrip, rstrip=token.rstrip,
         single_word=token.single_word, normalized=token.normalized,
     )  # fmt: skip
 

@@ -15,6 +15,7 @@ __all__ = [
     "display_names",
     "encode_all",
     "find_ids",
+    "is_unicode",
     "known_id",
     "known_ids",
     "plain_tokenizer",
@@ -149,14 +150,21 @@ def find_ids(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
     return ids
 
 
-def check_unicode(text: str) -> None:
+def is_unicode(text: str) -> bool:
+    """Whether a text has no lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_unicode(text: str) -> None:
+    if not is_unicode(text):
         raise PartialEmbeddingError(
             f"Token {text!r} is no valid Unicode: it has a lone surrogate, which no tokenizer reads. Decode the bytes "
             "that it came from with errors='replace', or leave it out."
-        ) from None
+        )
 
 
 def display_names(tokens: Sequence[str], ids: Sequence[int]) -> list[str]:
