@@ -22,9 +22,9 @@ from .layout.tables import VocabularyLayout, find_layout
 from .modules.splitting import check_ids
 from .tokens.added import check_new, existing_tokens, normalize_tokens, tokens_as_known, without_tokens_from
 from .tokens.cutting import warn_of_cuts, warn_of_missing_spaces
-from .tokens.entering import pieces_of, plan_tokens
+from .tokens.entering import plan_tokens
 from .tokens.reserved import pieces_without, tokenizer_without
-from .tokens.vocabulary import find_ids, known_id, plain_tokenizer
+from .tokens.vocabulary import find_ids, known_ids, plain_tokenizer
 
 __all__ = ["add_tokens", "load_tokens", "train_tokens"]
 
@@ -102,29 +102,32 @@ def add_tokens(
             "entry='vocabulary' cannot be had together. Leave one of them out."
         )
     # A token that the tokenizer has but the table lacks (it was extended first) stays in the tokenizer as it is.
-    there = [_is_there(tokenizer, token.content) for token in asked]
+    there = _are_there(tokenizer, [token.content for token in asked])
     plain = [isinstance(token, str) and not known for token, known in zip(listed, there, strict=True)]
     entering = plan_tokens(tokenizer, asked, plain, entry if reuse is None else "added")
-    planned: dict[str, str] = {}
+    reused: dict[str, str] = {}
     taken: list[int] = []
+    layout: VocabularyLayout | None = None
+    read: dict[str, list[int]] | None = None
     if reuse is not None:
-        texts = [token.content for token in asked]
-        check_new(tokenizer, asked)
-        planned = plan_reuse(model, tokenizer, find_layout(model), texts, reuse, force)
-        taken = find_ids(tokenizer, list(planned.values()))
-    growing = len(entering.tokens) - len(planned) - sum(there)
-    layout = find_layout(model, len(tokenizer) + growing if growing or any(there) else None)
+        read = check_new(tokenizer, asked)
+        layout = find_layout(model)
+        reused = plan_reuse(model, tokenizer, layout, list(read), reuse, force)
+        taken = find_ids(tokenizer, list(reused.values()))
+    growing = len(entering.tokens) - len(reused) - sum(there)
+    if layout is None or growing:
+        layout = find_layout(model, len(tokenizer) + growing if growing or any(there) else None)
     before = without_tokens_from(tokenizer, min(table.size for table in layout.tables))
     added = [token for token, piece in zip(asked, entering.pieces, strict=False) if piece is None]
-    if added:
-        check_new(before, added)
+    if read is None or before is not tokenizer:
+        read = check_new(before, added) if added else {}
     entering = replace(entering, tokens=tokens_as_known(tokenizer, entering.tokens))
     check_options(layout, strategy, output, dtype)
-    pieces = pieces_of(before, entering)
+    pieces = entering.read_as(read)
     rows = new_rows(model, before, layout, entering, pieces, list(starts.values()) or None, init, seed, ids=taken)
     partial = attach_rows(
         model, tokenizer, layout, tokens=entering.tokens, entries=entering.pieces, rows=rows, strategy=strategy,
-        output=output, dtype=dtype, pieces=pieces, reuse=planned,
+        output=output, dtype=dtype, pieces=pieces, reuse=reused, planned=True,
     )  # fmt: skip
     warn_of_cuts(tokenizer, added)
     warn_of_missing_spaces(tokenizer, entering.pieces)
@@ -132,15 +135,20 @@ def add_tokens(
     return partial
 
 
-def _is_there(tokenizer: Any, text: str) -> bool:
-    """Whether a tokenizer has a token of this name.
+def _are_there(tokenizer: Any, texts: Sequence[str]) -> list[bool]:
+    """Whether a tokenizer has tokens of these names.
 
     What a byte-level model calls a piece ("ü") may be another text's name for a byte, and "ü" no token: that is seen
     where tokens are planned, by how the model spells them.
     """
-    backend = tokenizer._tokenizer if getattr(tokenizer, "is_fast", False) else None
-    is_spelled = backend is not None and bool(text) and all("\u00a1" <= letter <= "\u0143" for letter in text)
-    return known_id(tokenizer, text) is not None and (not is_spelled or text in tokenizer.get_added_vocab())
+    found = [token_id is not None for token_id in known_ids(tokenizer, texts)]
+    if not any(found) or not getattr(tokenizer, "is_fast", False):
+        return found
+    added = tokenizer.get_added_vocab()
+    return [
+        known and (text in added or not text or not all("\u00a1" <= letter <= "\u0143" for letter in text))
+        for text, known in zip(texts, found, strict=True)
+    ]
 
 
 def train_tokens(

@@ -19,13 +19,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # _assets, which all examples share
 
+import adding
 import sections
 from _assets import load_smollm2, needed_for_smollm2, require
 from measure import machine
 from methods import Shape
 from tqdm import tqdm
 
-SECTIONS = ["training", "parts", "rows", "vocabulary", "loss", "prefix", "adding", "saving", "generating", "compiled"]
+SECTIONS = [
+    "training", "parts", "rows", "vocabulary", "loss", "prefix", "adding", "many", "saving", "generating", "compiled"
+]  # fmt: skip
 LARGE = "large"  # tables of models with billions of parameters, for a GPU; not among the default ones
 
 
@@ -55,7 +58,12 @@ def shapes(section: str, on_gpu: bool, tokens: int, shrink: int = 1) -> list[Sha
         long = 8192 if on_gpu else 512
         found = [Shape(49152, 576, tokens, long), Shape(151936, 896, tokens, long // 4)]
         return [*found, llama] if on_gpu else [*found, Shape(49152, 576, tokens, long, dtype="bfloat16")]
-    if section in ("adding", "saving"):
+    if section == "adding":
+        sizes = [(151936, 896), (64000, 512)]
+        return [Shape(*size, tokens, 1, dtype=dtype) for size in sizes for dtype in ("float32", "bfloat16")]
+    if section == "many":
+        return [Shape(8192, 64, number, 1, layers=1) for number in (5000, 20000, 65536)]
+    if section == "saving":
         return [Shape(151936, 896, tokens, 1)]
     if section == "parts":
         return [small, qwen]
@@ -66,8 +74,8 @@ def shapes(section: str, on_gpu: bool, tokens: int, shrink: int = 1) -> list[Sha
 
 MEASURES = {
     "training": sections.training, "parts": sections.parts, "rows": sections.training, "vocabulary": sections.training,
-    "loss": sections.loss, "adding": sections.adding, "saving": sections.saving, "generating": sections.generating,
-    "compiled": sections.compiled, LARGE: sections.large,
+    "loss": sections.loss, "adding": adding.few, "many": adding.many, "saving": sections.saving,
+    "generating": sections.generating, "compiled": sections.compiled, LARGE: sections.large,
 }  # fmt: skip
 
 

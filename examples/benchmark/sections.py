@@ -17,7 +17,6 @@ from methods import FROZEN, METHODS, Prepared, Shape, build, new_tokens, prepare
 from torch import nn
 
 from hf_partial_embed import ChunkedLoss, FrozenPrefix, SplitLinear, add_tokens, linear_cross_entropy
-from hf_partial_embed.modules.digest import row_digests
 
 Rows = list[dict[str, Any]]
 
@@ -189,45 +188,6 @@ def prefix(model: Any, tokenizer: Any, positions: int, device: torch.device, rep
         row["activation memory"] = row["activation MB"] / table[0]["activation MB"]
     partial.detach()
     return table
-
-
-def adding(shape: Shape, device: torch.device, repetitions: int) -> Rows:
-    """Adding tokens to a model, against `resize_token_embeddings`; and what adding them is made of."""
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    names = (
-        "add_tokens",
-        "resize_token_embeddings",
-        "without mean_resizing",
-        "copy of the table",
-        "digest of each row",
-    )
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(repetitions):
-        for name, times in seconds.items():
-            model, tokenizer = build(shape, device)
-            start = clock()
-            if name == "add_tokens":
-                add_tokens(model, tokenizer, new_tokens(shape))
-            elif name == "copy of the table":
-                model.get_input_embeddings().weight.clone()
-            elif name == "digest of each row":
-                row_digests(model.get_input_embeddings().weight)
-            else:
-                tokenizer.add_tokens(list(new_tokens(shape)))
-                model.resize_token_embeddings(len(tokenizer), mean_resizing=name == "resize_token_embeddings")
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append(clock() - start)
-            del model, tokenizer
-            gc.collect()
-    ratios = {
-        name: sorted(a / b for a, b in zip(times, seconds["add_tokens"], strict=True))
-        for name, times in seconds.items()
-    }
-    return [
-        {"way": name, "seconds": sorted(times)[len(times) // 2], "ratio": ratios[name][len(times) // 2]}
-        for name, times in seconds.items()
-    ]
 
 
 @torch.no_grad()

@@ -9,10 +9,9 @@ from typing import Any
 from tokenizers import AddedToken
 
 from ..tokens.added import check_new, normalize_tokens, token_from_dict
-from ..tokens.entering import piece_id, plan_again
+from ..tokens.entering import ids_of, plan_again
 from ..tokens.pieces import Piece
 from ..tokens.stored import check_no_spellings, check_same_base, stored_pieces
-from ..tokens.vocabulary import encode_all, known_id
 
 __all__ = ["Arriving", "arriving_tokens"]
 
@@ -55,21 +54,18 @@ def arriving_tokens(tokenizer: Any, stored: Sequence[dict[str, Any]], in_use: se
     check_same_base(tokenizer, stored)
     tokens = normalize_tokens([token_from_dict(token) for token in stored], special=False)
     entries = stored_pieces(stored)
-    ids = [
-        known_id(tokenizer, token.content) if piece is None else piece_id(tokenizer, piece)
-        for token, piece in zip(tokens, entries, strict=True)
-    ]
+    ids = ids_of(tokenizer, tokens, entries)
     kept = [
         row for row, (piece, token_id) in enumerate(zip(entries, ids, strict=True))
         if piece is None or piece.asked or token_id not in in_use
     ]  # fmt: skip
     new = [tokens[row] for row in kept if ids[row] is None and entries[row] is None]
+    read: dict[str, list[int]] = {}
     if new:
         check_no_spellings(tokenizer, new)
-        check_new(tokenizer, new)
+        read = check_new(tokenizer, new)
     missing = [piece for row in kept if ids[row] is None and (piece := entries[row]) is not None]
     planned = {piece.text: piece for piece in (plan_again(tokenizer, missing) if missing else [])}
-    read = encode_all(tokenizer, [token.content for token in tokens], unknown=True)
     kept_entries, pieces = [], []
     for row in kept:
         piece, own = planned.get(tokens[row].content, entries[row]), ids[row]
@@ -77,7 +73,7 @@ def arriving_tokens(tokenizer: Any, stored: Sequence[dict[str, Any]], in_use: se
         if own is not None:
             pieces.append([own])
         else:
-            pieces.append(read[row] if piece is None else list(piece.made_of))
+            pieces.append(read[tokens[row].content] if piece is None else list(piece.made_of))
     texts = {tokens[row].content for row in kept}
     parts = [piece for text, piece in planned.items() if text not in texts]
     num_new = len(new) + len(planned)

@@ -26,10 +26,9 @@ from ..modules.digest import casts_of, changed_rows
 from ..modules.mask import MaskHandle
 from ..modules.rows import ForwardScope, PartialModule
 from ..modules.sharding import is_sharded, set_whole, trained_rows
-from ..tokens.entering import piece_id, plan_again
+from ..tokens.entering import ids_of, plan_again
 from ..tokens.pieces import Piece
 from ..tokens.stored import described_tokens
-from ..tokens.vocabulary import known_id
 from .growth import Growth, mean_rows
 from .steps import (
     SCOPE,
@@ -104,12 +103,13 @@ class Attachment:
         self.strategy = strategy
         self.output = output
         self.dtype = dtype
-        self.pieces = None if pieces is None else [list(ids) for ids in pieces]
+        self.pieces = None if pieces is None else list(pieces)
         self.entries = list(entries or [None] * len(self.tokens))
         self.reuse = dict(reuse or {})
         self.trainable = trainable
         self.rows: dict[str, Any] = dict(rows)
         self.ids: list[int] = []
+        self.made_of: dict[int, Sequence[int]] = {}  # what each id was read as before
         self.trained: list[Table] = []
         self.layout: VocabularyLayout | None = None
         self.masks: list[MaskHandle] = []
@@ -139,24 +139,26 @@ class Attachment:
         """Whether this process holds only a part of the tables or rows."""
         return any(table.sharded or self._rows_sharded(table) for table in self.trained)
 
-    def apply(self, layout: VocabularyLayout | None = None) -> None:
+    def apply(self, layout: VocabularyLayout | None = None, *, planned: bool = False) -> None:
         """Attach the rows. If anything raises, everything is as it was before.
 
         Args:
             layout: the model's layout, if the caller has found it already.
+            planned: whether the entries were planned over the tokenizer's vocabulary as it is now.
 
         Raises:
             `PartialEmbeddingError`: rows that are in another set, or that have another strategy than the model's
                 other sets; whatever a step raises.
         """
         try:
-            self._apply(layout)
+            self._apply(layout, planned)
         except BaseException:
             self._undo()
             raise
 
-    def _apply(self, layout: VocabularyLayout | None) -> None:
-        self.ids = self._give_ids()
+    def _apply(self, layout: VocabularyLayout | None, planned: bool) -> None:
+        self.ids = self._give_ids(planned)
+        self.made_of = {} if self.pieces is None else dict(zip(self.ids, self.pieces, strict=True))
         size = max(self.ids) + 1
         if layout is None or size > layout.reach:
             layout = find_layout(self.model, size)
@@ -180,7 +182,8 @@ class Attachment:
                 self._do(SetAttribute(module, "resize_token_embeddings", _refuse_resize))
         for table in self.trained:
             own, *narrower = casts_of(table.dtype)
-            self._digests[table.name] = {own: table.digests(), **{cast: table.digests([cast]) for cast in narrower}}
+            digests = table.digests_through([[], *([cast] for cast in narrower)])
+            self._digests[table.name] = dict(zip([own, *narrower], digests, strict=True))
         for table in self.trained:
             rows = table.tensor if self.strategy == "mask" else self.rows[table.name]
             rows.requires_grad_(self._flags.get(table.name, self.trainable))
@@ -200,22 +203,18 @@ class Attachment:
         if between and table.has_rows:
             self._do(WriteRows(table, between, mean_rows(table, len(between))))
 
-    def _give_ids(self) -> list[int]:
+    def _give_ids(self, planned: bool) -> list[int]:
         if self.fixed_ids is not None:
             return self.fixed_ids
         if self.reuse:
             taken = {self.reuse[token.content]: token for token in self.tokens if token.content in self.reuse}
             self._do(RenameTokens(self.tokenizer, taken))
-        ids = {
-            token.content: known_id(self.tokenizer, token.content)
-            if piece is None
-            else piece_id(self.tokenizer, piece)
-            for token, piece in zip(self.tokens, self.entries, strict=True)
-        }
+        found = ids_of(self.tokenizer, self.tokens, self.entries)
+        ids = {token.content: token_id for token, token_id in zip(self.tokens, found, strict=True)}
         new = [token for token in self.tokens if ids[token.content] is None]
         kept = dict[str, int]()
         if any(piece is not None and ids[piece.text] is None for piece in self.entries):
-            entered = self._enter_pieces({token.content for token in new})
+            entered = self._enter_pieces({token.content for token in new}, planned)
             ids.update({piece.text: entered.ids[piece.spelling] for piece in entered.pieces})
             kept = entered.pins
         texts = [token.content for token in self.tokens]
@@ -226,19 +225,19 @@ class Attachment:
             ids.update(zip((token.content for token in new), step.ids, strict=True))
         return [token_id for text in texts if (token_id := ids[text]) is not None]
 
-    def _enter_pieces(self, new: set[str]) -> EnterPieces:
-        """Plan the pieces that are new against the present vocabulary, and enter them.
+    def _enter_pieces(self, new: set[str], are_planned: bool) -> EnterPieces:
+        """Plan the pieces that are new against the present vocabulary, if they are not, and enter them.
 
         Where another set was detached whose pieces were parts of these, they need parts of their own, which get rows.
         """
         missing = [piece for piece in self.entries if piece is not None and piece.text in new]
-        planned = {piece.text: piece for piece in plan_again(self.tokenizer, missing)}
+        planned = {piece.text: piece for piece in (missing if are_planned else plan_again(self.tokenizer, missing))}
         texts = {token.content for token in self.tokens}
         parts = [piece for piece in planned.values() if piece.text not in texts]
         self.entries = [piece and planned.get(piece.text, piece) for piece in self.entries]
         if self.pieces is not None:
             self.pieces = [
-                list(planned[token.content].made_of) if token.content in planned else ids
+                planned[token.content].made_of if token.content in planned else ids
                 for token, ids in zip(self.tokens, self.pieces, strict=True)
             ]
         if parts:
@@ -255,7 +254,7 @@ class Attachment:
     def _take_in(self, parts: list[Piece]) -> None:
         """Take further parts into the set, with rows that start at the mean of what they are made of."""
         tokens = [AddedToken(part.text, normalized=True) for part in parts]
-        made_of = [list(part.made_of) for part in parts]
+        made_of = [part.made_of for part in parts]
         layout = find_layout(self.model)
         values = initial_values(self.model, self.tokenizer, layout, tokens, None, "subtoken_mean", 0, pieces=made_of)
         for name, rows in self.rows.items():

@@ -84,10 +84,7 @@ class PartialEmbedding:
         Returns:
             `list[int]`: ids that the base model knows. Tokens that existed before (`train_tokens`) keep their id.
         """
-        pieces = self._attachment.pieces
-        if pieces is None:
-            return list(ids)
-        made_of = dict(zip(self._attachment.ids, pieces, strict=True))
+        made_of = self._attachment.made_of
         return [piece for token_id in ids for piece in made_of.get(token_id, (token_id,))]
 
     def vocabulary_pieces(self) -> list[tuple[int, ...]]:
@@ -580,7 +577,7 @@ class TokenRows:
         return attach_rows(
             model, tokenizer, layout, tokens=arriving.tokens, entries=arriving.entries, ids=ids, rows=rows,
             strategy=strategy, output=output, dtype=dtype, pieces=arriving.pieces if self.tokens else None,
-            trainable=trainable,
+            trainable=trainable, planned=before is tokenizer,
         )  # fmt: skip
 
 
@@ -599,12 +596,13 @@ def attach_rows(
     entries: Sequence[Piece | None] | None = None,
     reuse: Mapping[str, str] | None = None,
     trainable: bool = True,
+    planned: bool = False,
 ) -> PartialEmbedding:
-    """Attach a set of rows to a model; the arguments are those of `Attachment`."""
+    """Attach a set of rows to a model; the arguments are those of `Attachment` and of its `apply`."""
     attachment = Attachment(
         model, tokenizer, tokens=tokens, ids=ids, rows=rows, strategy=strategy, output=output, dtype=dtype,
         pieces=pieces, entries=entries, reuse=reuse, trainable=trainable,
     )  # fmt: skip
     partial = PartialEmbedding(attachment)
-    attachment.apply(layout)
+    attachment.apply(layout, planned=planned)
     return partial

@@ -232,8 +232,9 @@ class Mask:
 
     def undo(self) -> None:
         if self.handle is not None:
+            own = set(self.ids)
             for other in self.others:
-                other.ids = [token_id for token_id in other.ids if token_id not in set(self.ids)]
+                other.ids = [token_id for token_id in other.ids if token_id not in own]
             self.handle.remove()
             self.handle = None
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import shorten
+from ..tokens.vocabulary import decode_each
 from .partial import PartialEmbedding
 
 __all__ = ["warn_of_traps"]
@@ -42,16 +43,16 @@ def warn_of_traps(partial: PartialEmbedding) -> None:
 def _other_decoding(partial: PartialEmbedding) -> str | None:
     """Byte-level decoders read the letters from U+00A1 to U+0143 of an added token as bytes."""
     tokenizer = partial.tokenizer
-    added = tokenizer.added_tokens_decoder
-    ids = {text: i for text, i in zip(partial.tokens, partial.token_ids, strict=True) if i in added}
+    pieces = partial.vocabulary_pieces()
+    ids = {a: i for a, i, piece in zip(partial.tokens, partial.token_ids, pieces, strict=True) if not piece}
     try:
-        decoded = tokenizer.batch_decode([[token_id] for token_id in ids.values()])
+        decoded = decode_each(tokenizer, list(ids.values()))
     except Exception as error:  # noqa: BLE001  # a third-party tokenizer; the rows are right all the same
         return f"{type(tokenizer).__name__} does not decode the new tokens: {type(error).__name__}: {error}."
     # Spaces at an edge are the decoder's business, for old tokens, too.
-    changed = [
-        f"{a!r} as {b!r}" for a, b in zip(ids, decoded, strict=True) if "".join(a.split()) != "".join(b.split())
-    ]
+    others = [(a, b) for a, b in zip(ids, decoded, strict=True) if "".join(a.split()) != "".join(b.split())]
+    added = tokenizer.added_tokens_decoder if others else {}
+    changed = [f"{a!r} as {b!r}" for a, b in others if ids[a] in added]
     if not changed:
         return None
     return (

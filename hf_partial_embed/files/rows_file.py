@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import PartialEmbeddingError, shorten, visible
 from ..tokens.added import TOKEN_FLAGS
+from ..tokens.vocabulary import is_unicode
 
 __all__ = ["FORMAT_VERSION", "ROWS_FILE", "is_rows_file", "read_rows", "write_atomically", "write_rows"]
 
@@ -185,7 +186,7 @@ def _is_piece(piece: Any) -> bool:
 
 def _is_text(value: Any) -> bool:
     """Whether it is a str without lone surrogates, which JSON can contain and no tokenizer accepts."""
-    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
+    return isinstance(value, str) and is_unicode(value)
 
 
 def _check_shapes(path: Path, file: Any, metadata: dict[str, Any]) -> None:

@@ -80,11 +80,12 @@ def initial_values(
             )
     sources = [start if isinstance(start, str) else text for text, start in zip(texts, given, strict=True)]
     if pieces is None:
-        all_pieces = encode_all(tokenizer, sources)
+        all_pieces: list[Sequence[int]] = [*encode_all(tokenizer, sources)]
     else:
         read = iter(encode_all(tokenizer, [start for start in given if isinstance(start, str)]))
+        unk_id = tokenizer.unk_token_id
         all_pieces = [
-            next(read) if isinstance(start, str) else [piece for piece in known if piece != tokenizer.unk_token_id]
+            next(read) if isinstance(start, str) else _without(known, unk_id)
             for start, known in zip(given, pieces, strict=True)
         ]
     rows = {}
@@ -97,7 +98,8 @@ def initial_values(
             continue
         padding = getattr(table.holders[0][0], "padding_idx", None)
         padding = tokenizer.pad_token_id if padding is None else padding
-        own = [[piece for piece in ids if piece < len(old) and piece != padding] for ids in all_pieces]
+        size = len(old)
+        own = [_without(ids, padding, size) for ids in all_pieces]
         empty = [
             text for text, start, ids in zip(texts, given, own, strict=True) if isinstance(start, str) and not ids
         ]
@@ -124,11 +126,18 @@ def initial_values(
         if described and isinstance(init, str):  # a description takes precedence over a named initialiser
             values[described] = initial_rows("subtoken_mean", request)[described]
         if table.role == "input":
-            for row, text, start in zip(values, texts, given, strict=True):
+            for row, (text, start) in enumerate(zip(texts, given, strict=True)):
                 if isinstance(start, Tensor):
-                    row.copy_(_check_row(start, text, row))
+                    values[row].copy_(_check_row(start, text, values[row]))
         rows[table.name] = values
     return rows
+
+
+def _without(ids: Sequence[int], token_id: int | None, size: int | None = None) -> Sequence[int]:
+    """The ids but for one of them, and for those from `size` on; the same object where there are none of these."""
+    if token_id in ids or (size is not None and max(ids, default=0) >= size):
+        return [piece for piece in ids if piece != token_id and (size is None or piece < size)]
+    return ids
 
 
 def _check_row(start: Tensor, text: str, row: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from .table import mean
 
 __all__ = ["Copy", "Description", "Positional", "subtoken_mean"]
 
+_NUMBERS = 1 << 20  # of pieces' rows at a time, so that memory does not grow with the number of tokens
+
 
 @register("subtoken_mean")
 def subtoken_mean(request: InitRequest) -> Tensor:
@@ -23,7 +25,7 @@ def subtoken_mean(request: InitRequest) -> Tensor:
     A token without pieces (its text was unknown to the tokenizer) starts at the mean of all rows.
     Source: Gee et al., "Fast Vocabulary Transfer for Language Model Compression", EMNLP 2022.
     """
-    return _weighted(request, request.pieces, [[1.0] * len(pieces) for pieces in request.pieces])
+    return _means(request, request.pieces)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Positional:
         for pieces in request.pieces:
             steps = sign * self.rate * torch.arange(len(pieces), dtype=torch.float64)
             weights.append(torch.softmax(steps, 0).tolist())
-        return _weighted(request, request.pieces, weights)
+        return _means(request, request.pieces, weights)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Description:
                 f"Tokens {shorten(lacking)} have no description that the tokenizer can read. Pass tokens as a dict "
                 "from each token to its description, or init=Description({...})."
             )
-        return _weighted(request, given, [[1.0] * len(pieces) for pieces in given])
+        return _means(request, given)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class Copy:
                 f"Tokens {shorten(several)} have no single token to copy from. Name one that the tokenizer reads as "
                 "one token (with its leading space, if it has one): init=Copy({...}), or init='subtoken_mean'."
             )
-        return _weighted(request, given, [[1.0]] * len(given))
+        return _means(request, given)
 
 
 def _known(request: InitRequest, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -120,19 +122,30 @@ def _known(request: InitRequest, sequences: Sequence[Sequence[int]]) -> list[lis
     return [[i for i in ids if i < len(request.table) and i != request.padding] for ids in sequences]
 
 
-def _weighted(request: InitRequest, sequences: Sequence[Sequence[int]], weights: Sequence[Sequence[float]]) -> Tensor:
-    """Weighted means of rows; where there are none, the mean of all rows."""
+def _means(
+    request: InitRequest, sequences: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None = None
+) -> Tensor:
+    """Means of rows, weighted if there are weights, summed in float64; where there are none, the mean of all rows."""
     table = request.table
     rows = torch.empty(len(sequences), *table.shape[1:], dtype=torch.float32, device=table.device)
-    fallback: Tensor | None = None
-    for row, ids, shares in zip(rows, sequences, weights, strict=True):
-        if ids:
-            given = table[torch.tensor(list(ids), device=table.device)].double()
-            share = torch.tensor(list(shares), dtype=torch.float64, device=table.device)
-            row.copy_(torch.tensordot(share, given, 1) / share.sum())
-        else:
-            fallback = mean(request)[0] if fallback is None else fallback
-            row.copy_(fallback)
+    by_length: dict[int, list[int]] = {}
+    for at, ids in enumerate(sequences):
+        by_length.setdefault(len(ids), []).append(at)
+    for length, members in by_length.items():
+        if not length:
+            rows[members] = mean(request)[0]
+            continue
+        step = max(1, _NUMBERS // (length * max(1, table[:1].numel())))
+        for start in range(0, len(members), step):
+            part = members[start : start + step]
+            given = table[torch.tensor([sequences[at] for at in part], device=table.device)].double()
+            if weights is None:
+                means = given.sum(1) / length
+            else:
+                shares = torch.tensor([weights[at] for at in part], dtype=torch.float64, device=table.device)
+                shares = shares.reshape(len(part), length, *(1 for _ in table.shape[1:]))
+                means = (shares * given).sum(1) / shares.sum(1)
+            rows[part] = means.float()
     return rows
 
 

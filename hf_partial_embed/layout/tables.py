@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PartialEmbeddingError
-from ..modules.digest import row_digests
+from ..modules.digest import digests_through
 from ..modules.rows import PartialModule
 from ..modules.sharding import is_dtensor, is_sharded, part_of, sharded_row_digests, whole, whole_rows, write_rows
 from .rebuilding import DifferentVocabularies, resizing_by_building, unread_tables
@@ -112,9 +112,13 @@ class Table:
 
     def digests(self, through: Sequence[torch.dtype] = ()) -> Tensor:
         """`row_digests` of the whole table."""
+        return self.digests_through([through])[0]
+
+    def digests_through(self, ways: Sequence[Sequence[torch.dtype]]) -> list[Tensor]:
+        """`row_digests` of the whole table for several `through`, in one pass over it."""
         if self.sharded and self.dim == 0:
-            return sharded_row_digests(self.tensor, self.shape, through)
-        return row_digests(self.values(), self.dim, through)
+            return [sharded_row_digests(self.tensor, self.shape, way) for way in ways]
+        return digests_through(self.values(), ways, self.dim)
 
     @property
     def dtype(self) -> torch.dtype:

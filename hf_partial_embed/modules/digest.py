@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["casts_of", "changed_rows", "row_digests"]
+__all__ = ["casts_of", "changed_rows", "digests_through", "row_digests"]
 
 _CHUNK_BYTES = 1 << 24
+_CACHE_BYTES = 1 << 19  # what a processor's core keeps while it computes several digests of it
 
 
 @torch.no_grad()
@@ -29,13 +30,42 @@ def row_digests(table: Tensor, dim: int = 0, through: Sequence[torch.dtype] = ()
     Returns:
         `torch.Tensor` of shape `(rows,)`, int64, on the CPU.
     """
+    return digests_through(table, [through], dim)[0]
+
+
+@torch.no_grad()
+def digests_through(table: Tensor, ways: Sequence[Sequence[torch.dtype]], dim: int = 0) -> list[Tensor]:
+    """`row_digests` of one table for several `through`, in one pass over the table.
+
+    Args:
+        table: as in `row_digests`.
+        ways: a `through` for each of the digests.
+        dim: as in `row_digests`.
+
+    Returns:
+        For each of `ways` a `torch.Tensor` of shape `(rows,)`, int64, on the CPU.
+    """
     table = table.detach().movedim(dim, 0).contiguous()
-    rows = table.shape[0]
-    if through:
-        step = max(1, _CHUNK_BYTES // max(1, 8 * table[:1].numel()))
-        parts = [row_digests(_cast(part, through)) for part in torch.split(table, step)] if rows else []
-        return torch.cat([torch.empty(0, dtype=torch.int64), *parts])
-    raw = table.reshape(rows, -1).view(torch.uint8)
+    size, numbers = table.shape[0], max(1, table[:1].numel())
+    digests = [torch.empty(size, dtype=torch.int64, device=table.device) for _ in ways]
+    factors: dict[tuple[torch.dtype, int], Tensor] = {}
+    # On a CPU a part stays in the cache for all ways; elsewhere a part is what may be allocated.
+    is_cached = table.device.type == "cpu" and len(ways) > 1
+    step = max(1, _CACHE_BYTES // (numbers * table.itemsize) if is_cached else _CHUNK_BYTES // (8 * numbers))
+    # New memory for the casts of every part would take longer than the digests.
+    casts = [[table.new_empty((min(step, size), *table.shape[1:]), dtype=dtype) for dtype in way] for way in ways]
+    for start in range(0, size, step):
+        for way, found in zip(casts, digests, strict=True):
+            part = table[start : start + step]
+            for cast in way:
+                part = part if part.dtype == cast.dtype else cast[: len(part)].copy_(part)
+            _digest(part, factors, found[start : start + step])
+    return [found.cpu() for found in digests]
+
+
+def _digest(values: Tensor, factors: dict[tuple[torch.dtype, int], Tensor], out: Tensor) -> None:
+    """Write digests of rows; `factors` keeps those of each kind and number of words."""
+    raw = values.reshape(len(values), -1).view(torch.uint8)
     width = raw.shape[1]
     words = next(
         dtype
@@ -43,22 +73,15 @@ def row_digests(table: Tensor, dim: int = 0, through: Sequence[torch.dtype] = ()
         if width % dtype.itemsize == 0 and raw.storage_offset() % dtype.itemsize == 0
     )
     bits = raw.view(words)
-    generator = torch.Generator().manual_seed(0x9E3779B9)
-    factors = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator) | 1
-    factors = factors.to(table.device)
-    if bits.dtype == torch.int64 and table.device.type == "cpu":
-        return torch.mv(bits, factors)  # the same sums in one pass, five times as fast; on CPUs only
-    digests = torch.empty(rows, dtype=torch.int64, device=table.device)
-    step = max(1, _CHUNK_BYTES // max(1, 8 * bits.shape[1]))
-    for start in range(0, rows, step):
-        torch.sum(bits[start : start + step] * factors, 1, out=digests[start : start + step])
-    return digests.cpu()
-
-
-def _cast(values: Tensor, through: Sequence[torch.dtype]) -> Tensor:
-    for dtype in through:
-        values = values.to(dtype)
-    return values
+    key = words, bits.shape[1]
+    if key not in factors:
+        generator = torch.Generator().manual_seed(0x9E3779B9)
+        numbers = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator) | 1
+        factors[key] = numbers.to(values.device)
+    if words == torch.int64 and values.device.type == "cpu":
+        torch.mv(bits, factors[key], out=out)  # the same sums in one pass, five times as fast; on CPUs only
+    else:
+        torch.sum(bits * factors[key], 1, out=out)
 
 
 def casts_of(dtype: torch.dtype) -> list[torch.dtype]:

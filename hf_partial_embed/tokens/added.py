@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy, deepcopy
 from itertools import groupby
-from typing import Any
+from typing import Any, NoReturn
 
 from tokenizers import AddedToken
 
 from ..errors import PartialEmbeddingError, shorten
 from .backend import remove_added_tokens
-from .vocabulary import check_unicode, encode_all, known_id, read_all
+from .vocabulary import check_unicode, known_ids, read_all
 
 __all__ = [
     "TOKEN_FLAGS",
@@ -30,6 +30,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+_PART = 1024  # texts to be read at a time
 
 TOKEN_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 
@@ -53,7 +55,8 @@ def normalize_tokens(tokens: Iterable[str | AddedToken], special: bool) -> list[
             check_unicode(token)
             made.append(AddedToken(token, special=special, normalized=not special))
         elif isinstance(token, AddedToken):
-            made.append(token_from_dict({**token_to_dict(token), "special": token.special or special}))
+            check_unicode(token.content)
+            made.append(_copied(token, special))
         else:
             raise PartialEmbeddingError(
                 f"A token must be a str or an AddedToken, but got {token!r} ({type(token).__name__})."
@@ -92,6 +95,13 @@ def token_from_dict(values: dict[str, Any]) -> AddedToken:
     return AddedToken(values["content"], **{flag: bool(values[flag]) for flag in TOKEN_FLAGS})
 
 
+def _copied(token: AddedToken, special: bool = False) -> AddedToken:
+    return AddedToken(
+        token.content, special=special or token.special, lstrip=token.lstrip, rstrip=token.rstrip,
+        single_word=token.single_word, normalized=token.normalized,
+    )  # fmt: skip
+
+
 def existing_tokens(tokenizer: Any, ids: Sequence[int]) -> list[AddedToken]:
     """The tokens that have the ids; none, if there is an id without one (a spare row)."""
     added = tokenizer.added_tokens_decoder
@@ -123,7 +133,7 @@ def without_tokens_from(tokenizer: Any, size: int) -> Any:
 def tokens_as_known(tokenizer: Any, tokens: Sequence[AddedToken]) -> list[AddedToken]:
     """The tokens with the flags that the tokenizer has for them, where it has them."""
     known = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
-    found = [token_from_dict(token_to_dict(known.get(token.content, token))) for token in tokens]
+    found = [token if (own := known.get(token.content)) is None else _copied(own) for token in tokens]
     differ = [token.content for token, given in zip(found, tokens, strict=True) if given.special and not token.special]
     if differ:
         logger.warning(
@@ -134,7 +144,9 @@ def tokens_as_known(tokenizer: Any, tokens: Sequence[AddedToken]) -> list[AddedT
     return found
 
 
-def check_new(tokenizer: Any, tokens: Sequence[AddedToken], *, known: Mapping[str, int] | None = None) -> None:
+def check_new(
+    tokenizer: Any, tokens: Sequence[AddedToken], *, known: Mapping[str, int] | None = None
+) -> dict[str, list[int]]:
     """Check that no token is in the vocabulary, under its text or what the tokenizer makes of it.
 
     Args:
@@ -142,18 +154,23 @@ def check_new(tokenizer: Any, tokens: Sequence[AddedToken], *, known: Mapping[st
         tokens: new ones.
         known: ids of those of which it is known already that they are there.
 
+    Returns:
+        What each token's text is read as now.
+
     Raises:
         `PartialEmbeddingError`: names those that are; or two that the tokenizer makes the same of.
     """
     _check_growable(tokenizer)
     found = []
-    made_of: dict[tuple[tuple[int, ...], str | None], str] = {}
+    made_of: dict[tuple[int | str, ...], str] = {}
     added = {unicodedata.normalize("NFC", text): token_id for text, token_id in tokenizer.get_added_vocab().items()}
-    all_pieces = encode_all(tokenizer, [token.content for token in tokens], unknown=True)
-    for token, pieces in zip(tokens, all_pieces, strict=True):
-        text = token.content
-        is_read = bool(pieces) and tokenizer.unk_token_id not in pieces
-        token_id = (known or {}).get(text, known_id(tokenizer, text))
+    texts = [token.content for token in tokens]
+    unk_id = tokenizer.unk_token_id
+    read = read_all(tokenizer, texts, unknown=True)
+    for token, text, own_id in zip(tokens, texts, known_ids(tokenizer, texts), strict=True):
+        pieces = read[text]
+        is_read = bool(pieces) and unk_id not in pieces
+        token_id = (known or {}).get(text, own_id)
         if token_id is None:
             token_id = added.get(unicodedata.normalize("NFC", text))
         if token_id is None and is_read and len(pieces) == 1:
@@ -164,7 +181,7 @@ def check_new(tokenizer: Any, tokens: Sequence[AddedToken], *, known: Mapping[st
         elif pieces:
             # Unknown pieces do not tell what was read, and a token that is not normalised is found in the raw
             # text: such ones are the same only where nothing but spaces differs.
-            key = (tuple(pieces), None if is_read and token.normalized else text.strip())
+            key: tuple[int | str, ...] = (*pieces,) if is_read and token.normalized else (text.strip(), *pieces)
             if made_of.setdefault(key, text) != text:
                 raise PartialEmbeddingError(
                     f"{type(tokenizer).__name__} reads {made_of[key]!r} and {text!r} as the same text, "
@@ -177,6 +194,7 @@ def check_new(tokenizer: Any, tokens: Sequence[AddedToken], *, known: Mapping[st
         raise PartialEmbeddingError(
             f"{shown} {verb} of this tokenizer already. Nothing was added. To train rows that exist, use train_tokens."
         )
+    return read
 
 
 def add_to_tokenizer(
@@ -206,9 +224,8 @@ def add_to_tokenizer(
     try:
         # In runs of one kind, which keeps the order where special and other tokens are mixed.
         for special, run in groupby(tokens, key=lambda token: bool(token.special)):
-            copies = [token_from_dict(token_to_dict(token)) for token in run]
-            tokenizer.add_tokens(copies, special_tokens=special)
-        ids = {token.content: _new_id(tokenizer, token.content, taken, places or {}) for token in tokens}
+            tokenizer.add_tokens([_copied(token) for token in run], special_tokens=special)
+        ids = _new_ids(tokenizer, [token.content for token in tokens], taken, places or {})
         check_found(tokenizer, {**found, **ids}, tokens)
     except BaseException:
         came = set(tokenizer.get_added_vocab()) - set(earlier)
@@ -218,37 +235,51 @@ def add_to_tokenizer(
     return list(ids.values())
 
 
-def _new_id(tokenizer: Any, text: str, taken: set[int], places: Mapping[str, int]) -> int:
-    """The id of a token that has just been added, none of the ids that were there before."""
-    name, token_id = type(tokenizer).__name__, known_id(tokenizer, text)
-    if token_id is None:
-        raise PartialEmbeddingError(
-            f"{name} did not take {text!r} as a token of its own. Give it another text, or pass "
-            f"AddedToken({text!r}, normalized=False)."
-        )
-    held = tokenizer.is_fast and tokenizer._tokenizer.model.id_to_token(token_id) is not None
-    if token_id in taken or (held and places.get(text) != token_id):
-        ids = set(tokenizer.get_vocab().values())
-        raise PartialEmbeddingError(
-            f"{name} would give the new token {text!r} the id {token_id}, which another token has: its {len(ids)} "
-            f"ids go up to {max(ids)}, with gaps. Give the tokenizer a token for each id first."
-        )
-    return token_id
+def _new_ids(
+    tokenizer: Any, texts: Sequence[str], taken: Collection[int], places: Mapping[str, int]
+) -> dict[str, int]:
+    """The ids of tokens that have just been added, none of the ids that were there before."""
+    name = type(tokenizer).__name__
+    model = tokenizer._tokenizer.model if tokenizer.is_fast else None
+    ids: dict[str, int] = {}
+    for text, token_id in zip(texts, known_ids(tokenizer, texts), strict=True):
+        if token_id is None:
+            raise PartialEmbeddingError(
+                f"{name} did not take {text!r} as a token of its own. Give it another text, or pass "
+                f"AddedToken({text!r}, normalized=False)."
+            )
+        held = model is not None and model.id_to_token(token_id) is not None
+        if token_id in taken or (held and places.get(text) != token_id):
+            present = set(tokenizer.get_vocab().values())
+            raise PartialEmbeddingError(
+                f"{name} would give the new token {text!r} the id {token_id}, which another token has: its "
+                f"{len(present)} ids go up to {max(present)}, with gaps. Give the tokenizer a token for each id first."
+            )
+        ids[text] = token_id
+    return ids
 
 
 def check_found(tokenizer: Any, ids: dict[str, int], new: Sequence[AddedToken]) -> None:
     """Check that the tokenizer finds each token in the token's own text."""
+    texts = list(ids)
+    for start in range(0, len(texts), _PART):
+        read = read_all(tokenizer, texts[start : start + _PART])
+        lost = next((text for text, found in read.items() if ids[text] not in found), None)
+        if lost is not None:
+            _raise_not_found(tokenizer, lost, read[lost], ids, new)
+
+
+def _raise_not_found(
+    tokenizer: Any, text: str, found: Sequence[int], ids: dict[str, int], new: Sequence[AddedToken]
+) -> NoReturn:
     texts = {token_id: text for text, token_id in ids.items()}
     normalized = {token.content: token.normalized for token in new}
-    for text, found in read_all(tokenizer, ids).items():
-        if ids[text] in found:
-            continue
-        pieces = [texts.get(piece) or tokenizer.convert_ids_to_tokens(piece) for piece in found]
-        reads = f"{type(tokenizer).__name__} would read its text as {pieces or 'nothing'}"
-        if text not in normalized:
-            raise PartialEmbeddingError(f"Token {text!r} would be lost: {reads}. Give the new one another text.")
-        remedy = ", or pass AddedToken(..., normalized=False)" if normalized[text] else ""
-        raise PartialEmbeddingError(f"Token {text!r} would never be used: {reads}. Give it another text{remedy}.")
+    pieces = [texts.get(piece) or tokenizer.convert_ids_to_tokens(piece) for piece in found]
+    reads = f"{type(tokenizer).__name__} would read its text as {pieces or 'nothing'}"
+    if text not in normalized:
+        raise PartialEmbeddingError(f"Token {text!r} would be lost: {reads}. Give the new one another text.")
+    remedy = ", or pass AddedToken(..., normalized=False)" if normalized[text] else ""
+    raise PartialEmbeddingError(f"Token {text!r} would never be used: {reads}. Give it another text{remedy}.")
 
 
 # What a tokenizer written in Python knows of added tokens, beside its trie and its size.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,10 +11,14 @@ __all__ = [
     "change_state",
     "changed_copy",
     "cut_merges",
+    "read_by_backend",
     "remove_added_tokens",
     "rename_vocabulary",
     "settings_kept",
 ]
+
+
+_PART = 1024  # texts at a time
 
 
 @contextmanager
@@ -33,6 +37,25 @@ def settings_kept(tokenizer: Any) -> Iterator[None]:
             backend.enable_truncation(**truncation)
         if padding is not None:
             backend.enable_padding(**padding)
+
+
+def read_by_backend(backend: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text alone: no special tokens around it, none of them split, no truncation, no padding.
+
+    Call it within `settings_kept`.
+    """
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    if backend.encode_special_tokens:
+        backend.encode_special_tokens = False
+    # In parts: what the backend makes of a text is an object with offsets and more, of which only the ids are kept.
+    return [
+        read.ids
+        for start in range(0, len(texts), _PART)
+        for read in backend.encode_batch_fast(list(texts[start : start + _PART]), add_special_tokens=False)
+    ]
 
 
 def change_state(backend: Any, change: Callable[[dict[str, Any]], None]) -> None:

@@ -33,17 +33,20 @@ def cut_tokens(tokenizer: Any, tokens: Sequence[AddedToken]) -> dict[str, int]:
     if not contents:
         return {}
     lengths = sorted({len(content) for content in contents})
+    shortest = lengths[0]
+    beginnings = {content[:shortest] for content in contents}
     backend = tokenizer._tokenizer if getattr(tokenizer, "is_fast", False) else None
     spelling = None if backend is None else Spelling(backend)
     found: Counter[str] = Counter()
     for text in texts_by_id(tokenizer, 1 << 60).values():
-        whole = (spelling.text_of(text) if spelling and spelling.byte_level else None) or text
+        is_bytes = spelling is not None and spelling.byte_level and not text.isascii()  # ASCII stands for itself
+        whole = (spelling.text_of(text) if spelling and is_bytes else None) or text
         inside = {
             part
+            for start in range(len(whole) - shortest + 1)
+            if whole[start : start + shortest] in beginnings
             for length in lengths
-            if length < len(whole)
-            for start in range(len(whole) - length + 1)
-            if (part := whole[start : start + length]) in contents
+            if length < len(whole) and (part := whole[start : start + length]) in contents
         }
         # A word with and without its leading space is the same word.
         found.update(part for part in inside if whole.strip() != part.strip())

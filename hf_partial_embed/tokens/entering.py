@@ -16,15 +16,15 @@ from .backend import change_state, changed_copy
 from .pieces import Piece, Planner
 from .planners import KINDS, planner_of
 from .spelling import CONTEXTS
-from .vocabulary import encode_all
+from .vocabulary import encode_all, known_ids
 
 __all__ = [
     "ENTRIES",
     "Entering",
     "Preview",
     "enter_pieces",
+    "ids_of",
     "piece_id",
-    "pieces_of",
     "pins_of",
     "places",
     "plan_again",
@@ -48,6 +48,13 @@ class Entering:
 
     tokens: list[AddedToken]
     pieces: list[Piece | None]
+
+    def read_as(self, added: Mapping[str, Sequence[int]]) -> list[Sequence[int]]:
+        """For each token the ids of what its text is read as now; `added` says it of the added ones."""
+        return [
+            added[token.content] if piece is None else piece.made_of
+            for token, piece in zip(self.tokens, self.pieces, strict=True)
+        ]
 
     @property
     def num_parts(self) -> int:
@@ -199,12 +206,6 @@ def _never_read(tokenizer: Any, pieces: Sequence[Piece]) -> dict[str, PartialEmb
     }
 
 
-def pieces_of(tokenizer: Any, entering: Entering) -> list[list[int]]:
-    """For each token the ids of what its text is read as now."""
-    read = encode_all(tokenizer, [token.content for token in entering.tokens], unknown=True)
-    return [ids if piece is None else list(piece.made_of) for ids, piece in zip(read, entering.pieces, strict=True)]
-
-
 def plan_again(tokenizer: Any, pieces: Sequence[Piece]) -> list[Piece]:
     """Plan pieces over what is in the vocabulary now, and the parts that they need now.
 
@@ -221,6 +222,13 @@ def plan_again(tokenizer: Any, pieces: Sequence[Piece]) -> list[Piece]:
     for spelling, error in refused.items():
         raise PartialEmbeddingError(f"{spelling!r} cannot come into the vocabulary as it is now. {error}") from error
     return planned
+
+
+def ids_of(tokenizer: Any, tokens: Sequence[AddedToken], pieces: Sequence[Piece | None]) -> list[int | None]:
+    """The ids of tokens, `None` where the tokenizer does not have them: by their text, those of pieces by these."""
+    texts = [token.content for token, piece in zip(tokens, pieces, strict=True) if piece is None]
+    by_text = iter(known_ids(tokenizer, texts))
+    return [next(by_text) if piece is None else piece_id(tokenizer, piece) for piece in pieces]
 
 
 def piece_id(tokenizer: Any, piece: Piece) -> int | None:

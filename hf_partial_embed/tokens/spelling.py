@@ -88,10 +88,9 @@ class Spelling:
         """The text of a piece; `None` where it is no whole characters."""
         if not self.byte_level:
             return spelled.replace(_SPACE, " ") if self.marks_spaces else spelled
-        values = [self._bytes.get(letter) for letter in spelled]
         try:
-            return bytes(value for value in values if value is not None).decode() if None not in values else None
-        except UnicodeDecodeError:
+            return bytes(map(self._bytes.__getitem__, spelled)).decode()
+        except (KeyError, UnicodeDecodeError):
             return None
 
     def _behind_anchor(self, text: str) -> str | None:

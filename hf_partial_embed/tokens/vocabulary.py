@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..errors import PartialEmbeddingError, count, shorten
-from .backend import settings_kept
+from .backend import read_by_backend, settings_kept
 
 __all__ = [
     "check_unicode",
+    "decode_each",
     "display_names",
     "encode_all",
     "find_ids",
+    "is_unicode",
     "known_id",
+    "known_ids",
     "plain_tokenizer",
     "read_all",
     "texts_by_id",
@@ -43,32 +47,75 @@ def encode_all(tokenizer: Any, texts: Sequence[str], *, unknown: bool = False) -
     if not texts:
         return []
     with settings_kept(tokenizer):
-        batch = tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            truncation=False,
-            padding=False,
-            split_special_tokens=False,
-            verbose=False,
-        )["input_ids"]
+        if _is_its_backend(tokenizer, "__call__", "_encode_plus", "_convert_encoding"):
+            batch = read_by_backend(tokenizer._tokenizer, texts)
+        else:
+            batch = tokenizer(
+                list(texts),
+                add_special_tokens=False,
+                truncation=False,
+                padding=False,
+                split_special_tokens=False,
+                verbose=False,
+            )["input_ids"]
+    if unknown:
+        return batch
     unk_id = tokenizer.unk_token_id
-    return [[token_id for token_id in ids if unknown or token_id != unk_id] for ids in batch]
+    return [[token_id for token_id in ids if token_id != unk_id] for ids in batch]
 
 
-def read_all(tokenizer: Any, texts: Iterable[str]) -> dict[str, list[int]]:
-    """What the tokenizer makes of each text."""
+def decode_each(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text of each id alone; spaces are as the tokenizer's backend leaves them."""
+    if _is_its_backend(tokenizer, "batch_decode", "decode", "_decode"):
+        decode = tokenizer._tokenizer.decode
+        return [decode([token_id], skip_special_tokens=False) for token_id in ids]
+    texts: list[str] = tokenizer.batch_decode([[token_id] for token_id in ids])
+    return texts
+
+
+def _is_its_backend(tokenizer: Any, *methods: str) -> bool:
+    """Whether a tokenizer's methods do no more than its backend: they are those of all fast tokenizers.
+
+    They take several times as long as the backend, since they handle each text by itself. Some classes (CodeLlama's,
+    LayoutLM's) have methods of their own.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        return False
+    from transformers import PreTrainedTokenizerFast
+
+    return all(
+        getattr(getattr(tokenizer, name, None), "__func__", None) is getattr(PreTrainedTokenizerFast, name)
+        for name in methods
+    )
+
+
+def read_all(tokenizer: Any, texts: Iterable[str], *, unknown: bool = False) -> dict[str, list[int]]:
+    """What the tokenizer makes of each text: see `encode_all`."""
     listed = list(texts)
-    return dict(zip(listed, encode_all(tokenizer, listed), strict=True))
+    return dict(zip(listed, encode_all(tokenizer, listed, unknown=unknown), strict=True))
 
 
 def known_id(tokenizer: Any, text: str) -> int | None:
     """The id of a token by its exact text, `None` where the tokenizer has no such token."""
-    token_id = tokenizer.convert_tokens_to_ids(text)
-    if not isinstance(token_id, int) or (token_id == tokenizer.unk_token_id and text != tokenizer.unk_token):
-        return None
-    # Byte tokenizers written in Python make an id of any single character.
-    made_up = not tokenizer.is_fast and token_id >= len(tokenizer) and text not in tokenizer.get_vocab()
-    return None if made_up else token_id
+    return known_ids(tokenizer, [text])[0]
+
+
+def known_ids(tokenizer: Any, texts: Sequence[str]) -> list[int | None]:
+    """`known_id` of many texts."""
+    unk_id = tokenizer.unk_token_id
+    unk = None if unk_id is None else tokenizer.unk_token
+    plain = _is_its_backend(tokenizer, "convert_tokens_to_ids", "_convert_token_to_id_with_added_voc")
+    id_of = tokenizer._tokenizer.token_to_id if plain else tokenizer.convert_tokens_to_ids
+    ids: list[int | None] = []
+    for text in texts:
+        token_id = id_of(text)
+        if not isinstance(token_id, int) or (token_id == unk_id and text != unk):
+            ids.append(None)
+            continue
+        # Byte tokenizers written in Python make an id of any single character.
+        made_up = not tokenizer.is_fast and token_id >= len(tokenizer) and text not in tokenizer.get_vocab()
+        ids.append(None if made_up else token_id)
+    return ids
 
 
 def find_ids(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
@@ -77,30 +124,43 @@ def find_ids(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
     Raises:
         `PartialEmbeddingError`: tokens that are not in the vocabulary; two that are the same one.
     """
-    ids: list[int] = []
-    missing = []
     for token in tokens:
         check_unicode(token)
-        token_id = known_id(tokenizer, token)
-        if token_id is None:
-            (pieces,) = encode_all(tokenizer, [token], unknown=True)
-            token_id = pieces[0] if len(pieces) == 1 and pieces[0] != tokenizer.unk_token_id else None
-        if token_id is None:
-            missing.append(token)
-        else:
-            ids.append(token_id)
+    found = known_ids(tokenizer, tokens)
+    others = [token for token, token_id in zip(tokens, found, strict=True) if token_id is None]
+    unk_id = tokenizer.unk_token_id if others else None
+    single = {
+        token: pieces[0]
+        for token, pieces in zip(others, encode_all(tokenizer, others, unknown=True), strict=True)
+        if len(pieces) == 1 and pieces[0] != unk_id
+    }
+    named = [
+        single.get(token) if token_id is None else token_id for token, token_id in zip(tokens, found, strict=True)
+    ]
+    missing = [token for token, token_id in zip(tokens, named, strict=True) if token_id is None]
+    ids = [token_id for token_id in named if token_id is not None]
     if missing:
         raise PartialEmbeddingError(
             f"{count(missing, 'token')} not in the vocabulary: {shorten(missing)}. Use add_tokens for new ones."
         )
     if len(set(ids)) != len(ids):
-        same = [token for token, token_id in zip(tokens, ids, strict=True) if ids.count(token_id) > 1]
+        times = Counter(ids)
+        same = [token for token, token_id in zip(tokens, ids, strict=True) if times[token_id] > 1]
         raise PartialEmbeddingError(f"Tokens {shorten(same)} share one row. Give each token once.")
     return ids
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text has no lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check_unicode(text: str) -> None:
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if not is_unicode(text):
         raise PartialEmbeddingError(
             f"Token {text!r} is no valid Unicode: it has a lone surrogate, which no tokenizer reads. Decode the bytes "
             "that it came from with errors='replace', or leave it out."
