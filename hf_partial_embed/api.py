@@ -20,7 +20,14 @@ from .initializers import Initializer, resolve
 from .initializers.initial_values import initial_values, new_rows
 from .layout.tables import VocabularyLayout, find_layout
 from .modules.splitting import check_ids
-from .tokens.added import check_new, existing_tokens, normalize_tokens, tokens_as_known, without_tokens_from
+from .tokens.added import (
+    KnownTokensError,
+    check_new,
+    existing_tokens,
+    normalize_tokens,
+    tokens_as_known,
+    without_tokens_from,
+)
 from .tokens.cutting import warn_of_cuts, warn_of_missing_spaces
 from .tokens.entering import plan_tokens
 from .tokens.reserved import pieces_without, tokenizer_without
@@ -104,7 +111,11 @@ def add_tokens(
     # A token that the tokenizer has but the table lacks (it was extended first) stays in the tokenizer as it is.
     there = _are_there(tokenizer, [token.content for token in asked])
     plain = [isinstance(token, str) and not known for token, known in zip(listed, there, strict=True)]
-    entering = plan_tokens(tokenizer, asked, plain, entry if reuse is None else "added")
+    try:
+        entering = plan_tokens(tokenizer, asked, plain, entry if reuse is None else "added")
+    except KnownTokensError as error:
+        _check_rows(find_layout(model), tokenizer, error.ids)
+        raise
     reused: dict[str, str] = {}
     taken: list[int] = []
     layout: VocabularyLayout | None = None
@@ -117,7 +128,7 @@ def add_tokens(
     growing = len(entering.tokens) - len(reused) - sum(there)
     if layout is None or growing:
         layout = find_layout(model, len(tokenizer) + growing if growing or any(there) else None)
-    before = without_tokens_from(tokenizer, min(table.size for table in layout.tables))
+    before = without_tokens_from(tokenizer, _table_size(layout))
     added = [token for token, piece in zip(asked, entering.pieces, strict=False) if piece is None]
     if read is None or before is not tokenizer:
         read = check_new(before, added) if added else {}
@@ -196,12 +207,16 @@ def train_tokens(
     texts: list[AddedToken] = []
     if by_text:
         ids = find_ids(tokenizer, [str(token) for token in values])
-        _check_in_table(ids, layout, names=[str(token) for token in values])
+        _check_rows(layout, tokenizer, dict(zip(map(str, values), ids, strict=True)))
         texts = existing_tokens(tokenizer, ids)
     else:
         if any(isinstance(token, (str, AddedToken)) for token in values):
             raise PartialEmbeddingError(f"Give tokens or ids, not both: {shorten(values)}.")
-        ids = _check_in_table(values, layout)
+        remedy = (
+            "For tokens that the model has no rows for yet, use add_tokens, which grows the table; where they are "
+            "pieces of the tokenizer's vocabulary, call model.resize_token_embeddings(len(tokenizer)) first."
+        )
+        ids = check_ids(values, _table_size(layout), remedy)
         if tokenizer is not None:
             texts = existing_tokens(tokenizer, ids)
     rows = {table.name: table.rows(ids) for table in layout.tables if table.has_rows}
@@ -212,24 +227,33 @@ def train_tokens(
     )
 
 
-def _check_in_table(ids: Sequence[int], layout: VocabularyLayout, names: Sequence[str] | None = None) -> list[int]:
-    """`check_ids`, with a remedy in the message where the tokenizer was extended and the model was not."""
-    size = min(table.size for table in layout.tables)
-    beyond = [name for name, token_id in zip(names or (), ids, strict=False) if token_id >= size]
-    if beyond:
-        raise PartialEmbeddingError(
-            f"The tokenizer has the tokens {shorten(beyond)}, but the model's table of {size} rows has none for them: "
-            "the tokenizer was extended, and the model was not. Use add_tokens with these tokens, which grows "
-            "the table."
+def _table_size(layout: VocabularyLayout) -> int:
+    return min(table.size for table in layout.tables)
+
+
+def _check_rows(layout: VocabularyLayout, tokenizer: Any, ids: Mapping[str, int]) -> None:
+    """Check that the model has rows for tokens of a tokenizer, by their texts.
+
+    Raises:
+        `PartialEmbeddingError`: the tokenizer was extended, and the model was not.
+    """
+    size = _table_size(layout)
+    beyond = [text for text, token_id in ids.items() if token_id >= size]
+    if not beyond:
+        return
+    added = set(tokenizer.added_tokens_decoder)
+    if all(ids[text] in added for text in beyond):
+        remedy = "Use add_tokens with these tokens, which grows the table."
+    else:
+        remedy = (
+            "They are pieces of its vocabulary, so let the table grow first: "
+            "model.resize_token_embeddings(len(tokenizer)); then "
+            'train_tokens(model, tokenizer, tokens, init="subtoken_mean") gives them rows that start anew.'
         )
-    try:
-        return check_ids(ids, size)
-    except PartialEmbeddingError as error:
-        if "outside of a table" not in str(error):
-            raise
-        raise PartialEmbeddingError(
-            f"{error} For tokens that the model has no rows for yet, use add_tokens, which grows the table."
-        ) from None
+    raise PartialEmbeddingError(
+        f"The tokenizer has the tokens {shorten(beyond)}, but the model's table of {size} rows has none for them: "
+        f"the tokenizer was extended, and the model was not. {remedy}"
+    )
 
 
 def _rows_anew(

@@ -71,6 +71,14 @@ def wordpiece_tokenizer(size: int = 120) -> PreTrainedTokenizerFast:
     return _wrap(backend)
 
 
+def cutting_wordpiece() -> PreTrainedTokenizerFast:
+    """WordPiece that reads "abcdef" as two pieces, and what is behind "abcd" in it letter by letter."""
+    pieces = ["<unk>", "abc", "##def", *"abcdef", *(f"##{letter}" for letter in "abcdef")]
+    backend = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+
 def unigram_tokenizer(size: int = 80) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.Unigram())
     backend.normalizer = normalizers.NFKC()

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..errors import PartialEmbeddingError, count
+from ..errors import PartialEmbeddingError, count, shorten
 from .output import OK, AddCommand, print_json, read_tokens, say
 
 __all__ = ["add_choose"]
@@ -73,6 +73,9 @@ def _choose(options: argparse.Namespace) -> int:
         say(f"held out: nothing, there are fewer than {_HELD_OUT} texts")
     else:
         say(f"held-out tenth of the texts: {_line(held_out['tokens_before'], held_out['tokens_after'])}")
+        if longer := held_out["longer_words"]:
+            become = "becomes" if len(longer) == 1 else "become"
+            say(f"{count(longer, 'word')} of the held-out texts {become} longer: {shorten(longer)}")
     if out is not None:
         say(f"wrote {count(tokens, 'token')} to {out}")
     return OK

@@ -251,8 +251,13 @@ def check_base_size(base_size: Any, size: int) -> None:
         )
 
 
-def check_ids(ids: Iterable[int], size: int) -> list[int]:
+def check_ids(ids: Iterable[int], size: int, remedy: str = "") -> list[int]:
     """The ids as a list of ints.
+
+    Args:
+        ids: of rows.
+        size: number of rows of the table.
+        remedy: a further sentence for ids outside of it.
 
     Raises:
         `PartialEmbeddingError`: none, repeated, not whole numbers, or outside of `[0, size)`.
@@ -272,6 +277,7 @@ def check_ids(ids: Iterable[int], size: int) -> list[int]:
     if outside:
         raise PartialEmbeddingError(
             f"Row ids {shorten(outside)} are outside of a table of {size} rows: valid ids are 0 to {size - 1}."
+            + (f" {remedy}" if remedy else "")
         )
     if len(set(checked)) != len(checked):
         repeated = sorted({value for value in checked if checked.count(value) > 1})

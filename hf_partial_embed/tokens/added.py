@@ -17,6 +17,7 @@ from .vocabulary import check_unicode, known_ids, read_all
 
 __all__ = [
     "TOKEN_FLAGS",
+    "KnownTokensError",
     "add_to_tokenizer",
     "check_found",
     "check_new",
@@ -34,6 +35,14 @@ logger = logging.getLogger(__name__)
 _PART = 1024  # texts to be read at a time
 
 TOKEN_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
+
+
+class KnownTokensError(PartialEmbeddingError):
+    """Tokens that were to be new are in the vocabulary already; `ids` has the id of each."""
+
+    def __init__(self, message: str, ids: dict[str, int]) -> None:
+        super().__init__(message)
+        self.ids = ids
 
 
 def normalize_tokens(tokens: Iterable[str | AddedToken], special: bool) -> list[AddedToken]:
@@ -158,10 +167,12 @@ def check_new(
         What each token's text is read as now.
 
     Raises:
-        `PartialEmbeddingError`: names those that are; or two that the tokenizer makes the same of.
+        `KnownTokensError`: names those that are.
+        `PartialEmbeddingError`: the tokenizer makes the same of two; it takes no tokens.
     """
     _check_growable(tokenizer)
-    found = []
+    found = dict[str, int]()
+    shown = []
     made_of: dict[tuple[int | str, ...], str] = {}
     added = {unicodedata.normalize("NFC", text): token_id for text, token_id in tokenizer.get_added_vocab().items()}
     texts = [token.content for token in tokens]
@@ -177,7 +188,8 @@ def check_new(
             token_id = pieces[0]
         if token_id is not None:
             spelled = tokenizer.convert_ids_to_tokens(token_id)
-            found.append(f"{text!r} (id {token_id}{'' if spelled == text else f', {spelled!r}'})")
+            found[text] = token_id
+            shown.append(f"{text!r} (id {token_id}{'' if spelled == text else f', {spelled!r}'})")
         elif pieces:
             # Unknown pieces do not tell what was read, and a token that is not normalised is found in the raw
             # text: such ones are the same only where nothing but spaces differs.
@@ -189,10 +201,12 @@ def check_new(
                     "them."
                 )
     if found:
-        shown = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+        named = ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
         verb = "is a token" if len(found) == 1 else "are tokens"
-        raise PartialEmbeddingError(
-            f"{shown} {verb} of this tokenizer already. Nothing was added. To train rows that exist, use train_tokens."
+        raise KnownTokensError(
+            f"{named} {verb} of this tokenizer already. Nothing was added. To train rows that exist, use "
+            "train_tokens.",
+            found,
         )
     return read
 

@@ -6,8 +6,9 @@ import heapq
 import logging
 import math
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
-from itertools import pairwise
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from tokenizers import Regex, pre_tokenizers
@@ -15,8 +16,9 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from ..errors import PartialEmbeddingError, shorten
 from ..errors import count as counted
-from .continued_bpe import Learned, Learner, merged
+from .continued_bpe import Learned, Learner
 from .corpus import Reader
+from .pieces import Piece
 
 __all__ = ["ChosenTokens", "choose_tokens"]
 
@@ -38,12 +40,21 @@ class ChosenTokens(list[str]):
         counts (`list[int]`): how often each one is used in the corpus when all of them are there. A token can be
             chosen for its own sake and then serve as a part of longer ones only: its count is then low, or 0.
         tokens_before, tokens_after (`int`): length of the corpus in tokens, added tokens in it left out.
+        left_out (`dict[str, list[str]]`): words that were not chosen, although they save most, since words of the
+            corpus that begin with them would become longer; and these words. Only WordPiece has such.
     """
 
     def __init__(
-        self, tokens: Iterable[str], learned: list[Learned], counts: list[int], tokens_before: int, tokens_after: int
+        self,
+        tokens: Iterable[str],
+        learned: list[Learned],
+        counts: list[int],
+        tokens_before: int,
+        tokens_after: int,
+        left_out: dict[str, list[str]],
     ) -> None:
         super().__init__(tokens)
+        self.left_out = left_out
         self.merges = [entry.parts for entry in learned]
         self.savings = [entry.saved for entry in learned]
         self.counts = counts
@@ -56,7 +67,7 @@ class ChosenTokens(list[str]):
         return 1 - self.tokens_after / self.tokens_before
 
     def measure(self, tokenizer: Any, texts: Iterable[str], *, progress: bool = False) -> dict[str, Any]:
-        """What the tokens would do to other texts: their merges are applied to the base's own pieces.
+        """What the tokens do to other texts, read by a copy of the base's model that has them.
 
         Args:
             tokenizer: the base tokenizer, without these tokens.
@@ -64,8 +75,8 @@ class ChosenTokens(list[str]):
             progress: whether to show a bar on stderr.
 
         Returns:
-            `dict` with `tokens_before`, `tokens_after`, `saving`, and `longer`: the number of distinct pre-tokens
-            that became longer (0: a merge can only shorten).
+            `dict` with `tokens_before`, `tokens_after`, `saving`, `longer`: the number of distinct pre-tokens that
+            became longer (BPE: 0, a merge can only shorten), and `longer_words`: these, the most frequent first.
 
         Raises:
             `PartialEmbeddingError`: as `choose_tokens` does.
@@ -73,45 +84,21 @@ class ChosenTokens(list[str]):
         reader = Reader(tokenizer)
         pre_tokens = reader.count(texts, progress=progress)
         names = list(pre_tokens)
-        before = after = longer = 0
-        segment = self._segmenter(reader)
-        for name, ids in zip(names, reader.segment(names), strict=True):
-            length = len(segment(name, ids))
-            before += len(ids) * pre_tokens[name]
-            after += length * pre_tokens[name]
-            longer += length > len(ids)
-        return {"tokens_before": before, "tokens_after": after, "saving": 1 - after / before, "longer": longer}
-
-    def _segmenter(self, reader: Reader) -> Callable[[str, list[int]], list[int]]:
-        """A function from a pre-token and the base's ids of it to its ids with the tokens, which are below zero."""
-        new = {piece: -1 - place for place, piece in enumerate(self.pieces)}
-        wholes = {
-            piece: new[piece]
-            for piece, parts in zip(self.pieces, self.merges, strict=True)
-            if parts is None or reader.ignore_merges
+        before = after = 0
+        longer = Counter[str]()
+        now = reader.segment(names, _as_pieces(reader, self.pieces, self.merges))
+        for name, old, new in zip(names, reader.segment(names), now, strict=True):
+            before += len(old) * pre_tokens[name]
+            after += len(new) * pre_tokens[name]
+            if len(new) > len(old):
+                longer[reader.surface(name) or name] += pre_tokens[name]
+        return {
+            "tokens_before": before,
+            "tokens_after": after,
+            "saving": 1 - after / before,
+            "longer": len(longer),
+            "longer_words": sorted(longer, key=lambda word: (-longer[word], word)),
         }
-
-        def known(piece: str) -> int | None:
-            return new[piece] if piece in new else reader.token_id(piece)
-
-        merges = {
-            (known(parts[0]), known(parts[1])): (rank, new[piece])
-            for rank, (piece, parts) in enumerate(zip(self.pieces, self.merges, strict=True))
-            if parts is not None
-        }
-
-        def segment(name: str, ids: list[int]) -> list[int]:
-            if name in wholes:
-                return [wholes[name]]
-            while len(ids) > 1:
-                found = [(*merges[pair], pair) for pair in pairwise(ids) if pair in merges]
-                if not found:
-                    break
-                _, made, pair = min(found)
-                ids = merged(ids, pair, made)
-            return ids
-
-        return segment
 
     def to_dict(self) -> dict[str, Any]:
         """All of it in plain values, for JSON."""
@@ -123,6 +110,7 @@ class ChosenTokens(list[str]):
                 {"token": token, "saved": saved, "count": uses, "merge": None if parts is None else list(parts)}
                 for token, saved, uses, parts in zip(self, self.savings, self.counts, self.merges, strict=True)
             ],
+            "left_out": self.left_out,
         }
 
     def __str__(self) -> str:
@@ -135,6 +123,12 @@ class ChosenTokens(list[str]):
         lines += [f"{saved:>10,}  {uses:>10,}  {token!r}" for saved, uses, token in rows[:_SHOWN]]
         if len(rows) > _SHOWN:
             lines.append(f"... {len(rows) - _SHOWN:,} more")
+        if self.left_out:
+            shown = shorten([f"{word} ({', '.join(longer[:3])})" for word, longer in self.left_out.items()])
+            lines.append(
+                f"left out {counted(list(self.left_out), 'word')}, since words of the corpus that begin with them "
+                f"would become longer: {shown}"
+            )
         return "\n".join(lines)
 
 
@@ -158,8 +152,9 @@ def choose_tokens(
     and WordPiece whole words are chosen by what they save. Every token is made of whole characters and of old tokens'
     texts or earlier new ones': pieces for single bytes (`<0x0A>`) are no part of any.
 
-    For BPE the saving that is told is what the corpus then saves, to the token. For the other kinds it counts words
-    that stand alone.
+    For BPE the saving that is told for each token is what the corpus then saves, to the token. For the other kinds it
+    counts words that stand alone. WordPiece cuts a whole word of its vocabulary off the longer words that begin with
+    it, which can take more pieces then: a word that would do that to a word of the texts is left out.
 
     Args:
         tokenizer: a fast tokenizer, or a processor that has one. It does not change.
@@ -198,11 +193,13 @@ def choose_tokens(
     learner = Learner(reader, pre_tokens, min_count, accept)
     limit = math.inf if count is None else count
     goal = 0 if saving is None else math.floor(learner.before * (1 - saving))
-    steps = _words(learner, reader, limit) if whole_words or reader.kind != "BPE" else _steps(learner, reader)
+    left_out_words: dict[str, list[str]] = {}
+    words_only = whole_words or reader.kind != "BPE"
+    steps = _words(learner, reader, limit, left_out_words) if words_only else _steps(learner, reader)
     with tqdm(total=count, desc="choosing", unit=" tokens", disable=not progress, delay=1) as bar:
         while len(learner.learned) < limit and learner.tokens > goal and next(steps, False):
             bar.update(len(learner.learned) - bar.n)
-    chosen = _result(learner, reader)
+    chosen = _result(learner, reader, left_out_words)
     _report_shortage(chosen, count, saving, min_count)
     return chosen
 
@@ -254,18 +251,49 @@ class _Wholes:
         heapq.heappop(self._heap)
 
 
-def _words(learner: Learner, reader: Reader, limit: float) -> Iterator[bool]:
-    """Choose a whole word at each step, with the parts that it needs."""
+class _Lengthened:
+    """Words of a corpus that become longer when a word that they begin with comes into a WordPiece vocabulary.
+
+    WordPiece takes the longest piece from the left, so the new word is cut off where it is longer than the piece that
+    stands there now, and what follows is read from another place. That hangs on these two words alone, since no
+    further piece for the inside of words comes in: the order of choosing is of no matter.
+    """
+
+    def __init__(self, learner: Learner, reader: Reader) -> None:
+        self._learner, self._reader = learner, reader
+        self._places = sorted(range(len(learner.names)), key=learner.names.__getitem__)
+        self._names = [learner.names[place] for place in self._places]
+
+    def by(self, word: str) -> list[str]:
+        begin = bisect_left(self._names, word + "\0")
+        end = bisect_left(self._names, word + "\U0010ffff", begin)
+        longer = [
+            (name, len(ids))
+            for name, place in zip(self._names[begin:end], self._places[begin:end], strict=True)
+            if len(first := self._learner.text((ids := self._learner.words[place])[0])) < len(word)
+            and word.startswith(first)  # not where the whole is unknown
+        ]
+        lengths = self._reader.lengths_behind_a_word([name[len(word) :] for name, _ in longer]) if longer else []
+        return [name for (name, now), then in zip(longer, lengths, strict=True) if then > now]
+
+
+def _words(learner: Learner, reader: Reader, limit: float, left_out: dict[str, list[str]]) -> Iterator[bool]:
+    """Choose a whole word at each step, with the parts that it needs; `left_out` gets those that do harm."""
+    lengthened = _Lengthened(learner, reader) if reader.kind == "WordPiece" else None
     chains = reader.kind == "BPE" and not reader.ignore_merges
     wholes = _Wholes(learner, reader, only_words=True, chains=chains)
     while (best := wholes.best()) is not None:
         word = best[1]
         if reader.kind != "BPE":
-            if all(reader.is_text(learner.text(token_id)) for token_id in learner.words[word]):
+            longer = lengthened.by(learner.names[word]) if lengthened else []
+            if longer:
+                left_out[learner.names[word]] = longer
+                wholes.drop()
+            elif not all(reader.is_text(learner.text(token_id)) for token_id in learner.words[word]):
+                wholes.drop()
+            else:
                 learner.take_whole(word)
                 yield True
-            else:
-                wholes.drop()
             continue
         # A merge of two pieces costs no more than the word alone, and serves longer words, too.
         chain = learner.chain(word) if chains or len(learner.words[word]) == 2 else None
@@ -285,14 +313,28 @@ def _is_word(text: str | None) -> bool:
     return bool(letters) and all(char.isalpha() or unicodedata.category(char)[0] == "M" for char in letters)
 
 
-def _result(learner: Learner, reader: Reader) -> ChosenTokens:
+def _as_pieces(reader: Reader, pieces: Sequence[str], merges: Sequence[tuple[str, str] | None]) -> list[Piece]:
+    """Chosen tokens as the model's planner writes them into its vocabulary."""
+    return [
+        Piece(piece, piece, parts=parts or (), made_of=tuple(ids), merged=parts is not None)
+        for piece, parts, ids in zip(pieces, merges, reader.segment(pieces), strict=True)
+    ]
+
+
+def _result(learner: Learner, reader: Reader, left_out: dict[str, list[str]]) -> ChosenTokens:
+    learned, words, tokens = learner.learned, learner.words, learner.tokens
     uses = dict.fromkeys(learner.ids.values(), 0)
-    for ids, times in zip(learner.words, learner.counts, strict=True):
+    if reader.kind != "BPE":  # what they do inside of other words is known by reading these
+        pieces = _as_pieces(reader, [entry.piece for entry in learned], [entry.parts for entry in learned])
+        words = reader.segment(learner.names, pieces)
+        tokens = sum(count * len(ids) for count, ids in zip(learner.counts, words, strict=True))
+        uses = dict.fromkeys(range(reader.num_ids, reader.num_ids + len(learned)), 0)
+    for ids, times in zip(words, learner.counts, strict=True):
         for token_id in ids:
-            if token_id < 0:
+            if token_id in uses:
                 uses[token_id] += times
-    texts = [reader.surface(entry.piece) or entry.piece for entry in learner.learned]
-    return ChosenTokens(texts, learner.learned, list(uses.values()), learner.before, learner.tokens)
+    texts = [reader.surface(entry.piece) or entry.piece for entry in learned]
+    return ChosenTokens(texts, learned, list(uses.values()), learner.before, tokens, left_out)
 
 
 def _check_options(count: int | None, saving: float | None, min_count: int) -> None:

@@ -13,7 +13,10 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from ..errors import PartialEmbeddingError
-from .spelling import Spelling, byte_alphabet
+from .backend import changed_copy
+from .pieces import Piece
+from .planners import KINDS
+from .spelling import Spelling
 from .vocabulary import plain_tokenizer
 
 __all__ = ["Reader"]
@@ -22,6 +25,7 @@ _BATCH = 1 << 20  # characters handed to the backend at once
 _WORD_CUT = r"▁?[\p{L}\p{M}]+|▁?[^\p{L}\p{M}▁]+|▁+"  # a word, or what stands between words
 _SPACE_CUT = r"\n+|▁*[^▁\n]+|▁+"  # a word with the spaces before it
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_STEM = "\ue000"  # a word of one character that no text has
 
 
 class Reader:
@@ -30,6 +34,7 @@ class Reader:
     Attributes:
         kind: `"BPE"`, `"Unigram"` or `"WordPiece"`.
         ignore_merges: whether a whole pre-token in the vocabulary is taken as it is, whatever the merges.
+        num_ids: the first id behind those of the vocabulary.
 
     Raises:
         `PartialEmbeddingError`: a tokenizer without a fast backend, or one whose pieces are not plain texts.
@@ -57,15 +62,14 @@ class Reader:
             model = copy.deepcopy(model)  # the same text would be read differently each time
             model.dropout = None
         self._segmenter = Tokenizer(model)
-        settings = [_state(part) for part in (backend.normalizer, backend.pre_tokenizer, backend.decoder)]
-        self._bytes = byte_alphabet() if any('"ByteLevel"' in state for state in settings[:2]) else None
-        self._marks_space = any("▁" in state for state in settings)
         self._byte_fallback = bool(getattr(model, "byte_fallback", False))
         unknown = getattr(model, "unk_token", None)
         if self.kind == "Unigram":
             unknown = json.loads(model.__getstate__())["unk_id"]
             unknown = None if unknown is None else self._segmenter.id_to_token(unknown)
         self._unknown = unknown
+        self.num_ids = 1 + max(self._segmenter.get_vocab().values())
+        self._stem: Any = None
         self._counter = self._make_counter()
 
     def _make_counter(self) -> Tokenizer:
@@ -127,15 +131,25 @@ class Reader:
             )
         return dict(counts)
 
-    def segment(self, pre_tokens: Sequence[str]) -> list[list[int]]:
-        """The ids that the model reads each pre-token as."""
-        return [
-            encoding.ids
-            for start in range(0, len(pre_tokens), _BATCH >> 4)
-            for encoding in self._segmenter.encode_batch_fast(
-                list(pre_tokens[start : start + (_BATCH >> 4)]), add_special_tokens=False
-            )
-        ]
+    def segment(self, pre_tokens: Sequence[str], pieces: Sequence[Piece] = ()) -> list[list[int]]:
+        """The ids that the model reads each pre-token as.
+
+        Args:
+            pre_tokens: any number of them.
+            pieces: further pieces that the model is to have, with ids behind all others, in this order.
+        """
+        return _ids(self._with(pieces) if pieces else self._segmenter, pre_tokens)
+
+    def lengths_behind_a_word(self, rests: Sequence[str]) -> list[int]:
+        """In how many pieces WordPiece reads a whole word of its vocabulary and what follows it in the same word."""
+        if self._stem is None:
+            self._stem = self._with([Piece(_STEM, _STEM)])
+        return [len(ids) for ids in _ids(self._stem, [_STEM + rest for rest in rests])]
+
+    def _with(self, pieces: Sequence[Piece]) -> Any:
+        ids = {piece.spelling: self.num_ids + place for place, piece in enumerate(pieces)}
+        enter = KINDS[self.kind].enter
+        return changed_copy(self._segmenter, lambda state: enter(state["model"], pieces, ids, {}))
 
     def piece(self, token_id: int) -> str:
         """The text of an id, as the vocabulary writes it."""
@@ -156,15 +170,18 @@ class Reader:
 
     def surface(self, piece: str) -> str | None:
         """The text that a piece stands for, `None` where a character is cut or the pre-tokenizer would cut it."""
-        text = piece
-        if self._bytes is not None:
-            try:
-                text = bytes(map(self._bytes.__getitem__, piece)).decode()
-            except (KeyError, UnicodeDecodeError):
-                return None
-        elif self._marks_space:
-            text = piece.replace("▁", " ")
-        return text if len(self._spelling.pre_tokens(text)) == 1 else None
+        text = self._spelling.text_of(piece)
+        return text if text is not None and len(self._spelling.pre_tokens(text)) == 1 else None
+
+
+def _ids(backend: Any, pre_tokens: Sequence[str]) -> list[list[int]]:
+    return [
+        encoding.ids
+        for start in range(0, len(pre_tokens), _BATCH >> 4)
+        for encoding in backend.encode_batch_fast(
+            list(pre_tokens[start : start + (_BATCH >> 4)]), add_special_tokens=False
+        )
+    ]
 
 
 def _backend(tokenizer: Any) -> Any:
@@ -201,13 +218,3 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _state(part: Any) -> str:
-    """The settings of a normaliser, pre-tokenizer or decoder, `""` for one that is written in Python."""
-    if part is None:
-        return ""
-    try:
-        return json.dumps(json.loads(part.__getstate__()), ensure_ascii=False)
-    except Exception:  # noqa: BLE001  # the bindings raise bare exceptions for it
-        return ""

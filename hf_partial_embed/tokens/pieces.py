@@ -16,7 +16,7 @@ from .spelling import Spelling
 
 __all__ = ["Piece", "Planner", "ScoredPieces", "WholeWords"]
 
-_HAIR = 1e-3  # what a Unigram piece's score is above those of its pieces, for each of them but the first
+_SCORE_MARGIN = 1e-3  # what a Unigram piece's score is above those of its pieces, for each of them but the first
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class ScoredPieces(Planner):
         by_id: dict[int, list[Any]] = {}
         for piece in pieces:
             score = sum(scores[token_id] for token_id in piece.made_of)
-            by_id[ids[piece.spelling]] = [piece.spelling, score + _HAIR * (len(piece.made_of) - 1)]
+            by_id[ids[piece.spelling]] = [piece.spelling, score + _SCORE_MARGIN * (len(piece.made_of) - 1)]
         lowest = min(score for _, score in table)
         for text, token_id in pins.items():
             # Below whatever else it can be read as: an added token is not to be found by the model.

@@ -246,8 +246,9 @@ def pieces_without(tokenizer: Any, without: Any, ids: Sequence[int]) -> list[lis
     """What the texts of tokens are read as by a copy of their tokenizer that does not have them.
 
     An added token's text goes the way that any text goes. A piece of the vocabulary is given to the tokenizer's
-    model as it is written there: a BPE piece comes back as what it was merged from, one level down where these
-    pieces are not among the tokens themselves. A WordPiece continuation (`##ing`) is read as one.
+    model as it stands in a word: a BPE piece comes back as what it was merged from, one level down where these
+    pieces are not among the tokens themselves. One from the inside of words (`##ing`, or with BPE `ing` beside
+    `ing</w>`) is read there.
 
     Args:
         tokenizer: the tokenizer.
@@ -261,18 +262,29 @@ def pieces_without(tokenizer: Any, without: Any, ids: Sequence[int]) -> list[lis
     texts = [str(_text(tokenizer, token_id)) for token_id in ids]
     read = encode_all(without, [text if i in added else "" for text, i in zip(texts, ids, strict=True)])
     model = without._tokenizer.model if without.is_fast else None
-    prefix = getattr(model, "continuing_subword_prefix", None)
     pieces = []
     for text, token_id, whole in zip(texts, ids, read, strict=True):
         if token_id not in added and model is not None:
-            whole = _pieces_of(model, text, prefix if type(model).__name__ == "WordPiece" else None)
+            whole = _pieces_of(model, text, stem=str(_text(without, token_id)))
         pieces.append([i for i in whole if i != token_id and i != without.unk_token_id])
     return pieces
 
 
-def _pieces_of(model: Any, text: str, prefix: str | None) -> list[int]:
-    if not prefix or not text.startswith(prefix) or text == prefix:
-        return [token.id for token in model.tokenize(text)]
-    first, *rest = model.tokenize(text[len(prefix) :])
-    continued = model.token_to_id(prefix + first.value)
-    return [first.id if continued is None else continued, *(token.id for token in rest)]
+def _pieces_of(model: Any, text: str, stem: str) -> list[int]:
+    """What a model reads a piece of its vocabulary as, in the place in a word that its marks say.
+
+    Args:
+        model: without the piece.
+        text: the piece, as the vocabulary has it.
+        stem: a text that has no part in any other piece, to stand where the word goes on.
+    """
+    prefix = getattr(model, "continuing_subword_prefix", None) or ""
+    suffix = getattr(model, "end_of_word_suffix", None) or ""
+    begin = stem if prefix and text.startswith(prefix) and text != prefix else ""
+    bare = text.removeprefix(prefix) if begin else text
+    end = stem if suffix and not bare.endswith(suffix) else ""
+    bare = bare if end else bare.removesuffix(suffix)
+    tokens = model.tokenize(begin + bare + end)
+    # BPE reads what it does not know as unknown, or leaves it out: as many tokens, whatever stands beside it.
+    before, behind = (len(model.tokenize(side)) if side else 0 for side in (begin, end))
+    return [token.id for token in tokens[before : len(tokens) - behind]]

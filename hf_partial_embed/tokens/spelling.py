@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import PartialEmbeddingError, shorten
 from .vocabulary import plain_tokenizer
 
-__all__ = ["CONTEXTS", "Spelling", "byte_alphabet", "word_forms"]
+__all__ = ["CONTEXTS", "Spelling", "word_forms"]
 
 # What comes in front of a text, to see how it is spelled behind something.
 _ANCHOR = "a"
@@ -23,7 +23,7 @@ _SPACE = "▁"
 CONTEXTS = ("", "\n", "(", "1", _ANCHOR)
 
 
-def byte_alphabet() -> dict[str, int]:
+def _byte_alphabet() -> dict[str, int]:
     """The byte that each character of a byte-level vocabulary stands for (GPT-2's `bytes_to_unicode`, inverted).
 
     Printable bytes stand for themselves, the others for characters from 256 on.
@@ -45,7 +45,7 @@ class Spelling:
         self._normalizer, self._pre_tokenizer = backend.normalizer, backend.pre_tokenizer
         self._anchor = "".join(self.pre_tokens(_ANCHOR))
         self.byte_level = "".join(self.pre_tokens("中")).endswith("\u00e4\u00b8\u0143")
-        self._bytes = byte_alphabet() if self.byte_level else {}
+        self._bytes = _byte_alphabet() if self.byte_level else {}
         with_space = self._behind_anchor(" x")
         self.marks_spaces = with_space is not None and with_space != "x"
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 
 import pytest
 import torch
-from conftest import TOKENIZERS, bpe_tokenizer, build_model, logits_of
+from conftest import TOKENIZERS, bpe_tokenizer, build_model, logits_of, table_of
 from states import assert_same, model_state, tokenizer_state
 
 from hf_partial_embed import PartialEmbeddingError, TokenRows, add_tokens, load_tokens, train_tokens
@@ -64,6 +65,30 @@ def test_train_tokens_names_the_way_out():
     for tokens in (["<a>"], [300]):
         with pytest.raises(PartialEmbeddingError, match=r"table of 300 rows.*add_tokens.*, which grows the table"):
             train_tokens(model, tokenizer, tokens)
+
+
+def test_way_out_for_pieces_of_the_vocabulary_without_a_row():
+    plain, size = bpe_tokenizer(), 300
+    tokenizer = copy.deepcopy(plain)
+    add_tokens(build_model("llama", size), tokenizer, [" lanthan"]).merge()  # as someone adds merges by hand
+    model = build_model("llama", size)
+    before = {**model_state(model), **tokenizer_state(tokenizer)}
+    token_id = tokenizer.get_vocab()["Ġlanthan"]
+    way = r"table of 300 rows.*resize_token_embeddings\(len\(tokenizer\)\).*train_tokens\(.*init="
+    for function, tokens in ((add_tokens, [" lanthan"]), (train_tokens, ["Ġlanthan"]), (train_tokens, [" lanthan"])):
+        with pytest.raises(PartialEmbeddingError, match=way):
+            function(model, tokenizer, tokens)
+    with pytest.raises(PartialEmbeddingError, match=r"300 rows.*pieces.*resize_token_embeddings"):
+        train_tokens(model, tokenizer, [token_id])
+    assert_same(before, {**model_state(model), **tokenizer_state(tokenizer)})
+    table = table_of(model).clone()
+    model.resize_token_embeddings(len(tokenizer))
+    partial = train_tokens(model, tokenizer, [" lanthan"], init="subtoken_mean")
+    assert partial.token_ids == [token_id]
+    left, right = json.loads(tokenizer._tokenizer.to_str())["model"]["merges"][-1]
+    parts = table_of(model)[tokenizer.convert_tokens_to_ids([left, right])]
+    torch.testing.assert_close(partial.token_rows().input_rows[0], parts.mean(0))
+    assert torch.equal(table_of(model)[:size], table)
 
 
 def test_flags_are_those_that_the_tokenizer_has(caplog):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import CORPUS, bpe_tokenizer, build_model
+from conftest import CORPUS, bpe_tokenizer, build_model, cutting_wordpiece
 from test_cli import run, run_json
 from transformers import AutoTokenizer
 
@@ -36,6 +36,14 @@ def test_tokens_file_holds_what_was_chosen_and_both_savings_are_told(capsys, bas
     assert value["tokens_before"] > 8 * value["held_out"]["tokens_before"]
     status, shown, _ = run(capsys, "choose", base, texts, "--count", "12", "--quiet")
     assert status == 0 and "held-out tenth of the texts:" in shown and "expected on these texts:" in shown
+
+
+def test_words_that_become_longer_are_named(capsys, tmp_path):
+    cutting_wordpiece().save_pretrained(tmp_path / "base")
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*["abcd fed"] * 9, "abcdef"]), "utf-8")
+    status, shown, _ = run(capsys, "choose", tmp_path / "base", path, "--count", "2", "--quiet")
+    assert status == 0 and "1 word of the held-out texts becomes longer: 'abcdef'" in shown
 
 
 def test_add_takes_the_file(capsys, base, texts, tmp_path):

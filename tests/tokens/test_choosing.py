@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import CORPUS, TOKENIZERS, bpe_tokenizer
+from conftest import CORPUS, TOKENIZERS, bpe_tokenizer, cutting_wordpiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
@@ -142,6 +142,39 @@ def test_words_of_the_other_families_enter_whole():
         chosen = choose_tokens(ALL[kind], TEXTS, 5)
         assert set(chosen.merges) == {None} and sorted(chosen.savings, reverse=True) == chosen.savings
         assert "spaces" in [token.strip() for token in choose_tokens(ALL[kind], TEXTS, 20)]
+
+
+def test_word_that_lengthens_another_one_is_left_out_of_wordpiece():
+    base = cutting_wordpiece()
+    chosen = choose_tokens(base, ["abcd fed"] * 9 + ["abcdef bad"] * 4, 3)
+    assert list(chosen) == ["fed", "bad", "abcdef"] and chosen.left_out == {"abcd": ["abcdef"]}
+    assert "left out 1 word" in str(chosen) and "'abcd (abcdef)'" in str(chosen)
+    assert chosen.to_dict()["left_out"] == chosen.left_out
+    # What is no word of the texts cannot be known, and is counted where it is met.
+    chosen = choose_tokens(base, ["abcd fed"] * 9, 2)
+    assert list(chosen) == ["fed", "abcd"] and not chosen.left_out
+    assert chosen.measure(base, ["abcdef abcd", "fed abcdef"]) == {
+        "tokens_before": 9, "tokens_after": 8, "saving": 1 - 8 / 9, "longer": 1, "longer_words": ["abcdef"],
+    }  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.text("abcdef ", max_size=12), min_size=1, max_size=12))
+def test_no_word_of_the_texts_becomes_longer_with_wordpiece(texts):
+    base = cutting_wordpiece()
+    try:
+        chosen = choose_tokens(base, texts, 8, min_count=1)
+    except PartialEmbeddingError as error:
+        assert "can become a token" in str(error) or "hold nothing" in str(error)
+        return
+    state = json.loads(base._tokenizer.to_str())
+    state["model"]["vocab"].update({word: len(base) + n for n, word in enumerate(chosen)})
+    grown = Tokenizer.from_str(json.dumps(state))
+    words = [word for text in texts for word in text.split()]
+    assert all(length(grown, [word]) <= length(base._tokenizer, [word]) for word in words)
+    assert chosen.tokens_after == length(grown, texts)
+    measured = chosen.measure(base, texts)
+    assert measured["longer"] == 0 and measured["tokens_after"] == chosen.tokens_after
 
 
 @all_kinds

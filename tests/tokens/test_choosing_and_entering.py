@@ -39,6 +39,18 @@ def test_chosen_tokens_save_what_was_foretold(base, options):
     assert [used.count(token_id) for token_id in partial.token_ids] == chosen.counts
 
 
+@pytest.mark.parametrize("kind", ["unigram", "wordpiece"])
+def test_words_of_the_other_families_save_what_was_foretold(kind):
+    base, tokenizer = ALL[kind](), ALL[kind]()
+    words = [word for word in WORDS if word.isascii()]
+    texts = [f"{a} {b}s and {a}{b}, ({b})\n" for a in words for b in words]
+    chosen = choose_tokens(base, texts, 12)
+    partial = add_tokens(build_model("llama", len(tokenizer)), tokenizer, chosen, entry="vocabulary")
+    used = [token_id for ids in read(tokenizer, texts) for token_id in ids]
+    assert [len(used), *(used.count(i) for i in partial.token_ids)] == [chosen.tokens_after, *chosen.counts]
+    assert chosen.measure(base, texts)["tokens_after"] == len(used) < chosen.tokens_before
+
+
 @kinds
 def test_extended_by_someone_else_between_choosing_and_adding(base):
     chosen = choose_tokens(base, CHOSEN_FROM, 40)

