@@ -155,7 +155,7 @@ class SplitEmbedding(PartialModule, nn.Embedding):
         is_new, row = source.lookup(input)
         # As in nn.Embedding, the row at padding_idx gets no gradient.
         padding_row = None if self.padding_idx is None else source.index.row_of.get(self.padding_idx)
-        new = F.embedding(row, source.rows(), padding_row)
+        new = source.look_up(row, padding_row)
         return torch.where(is_new.unsqueeze(-1), new.to(old.dtype), old)
 
 
