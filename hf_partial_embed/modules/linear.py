@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import PartialEmbeddingError
 from .embedding import SplitEmbedding
-from .rows import PartialModule, TableProperty, apply
+from .rows import PartialModule, RowSource, TableProperty, apply
 from .splitting import (
     check_base_size,
     check_ids,
@@ -154,6 +154,19 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None =
     return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 
+def _after_lookup(source: RowSource) -> Tensor:
+    """The trainable rows; where a tied embedding has looked some up, by way of that, so that their gradients meet."""
+    rows = source.rows()
+    if not source.tied or torch.compiler.is_compiling():
+        return rows
+    looked_up, source.looked_up = source.looked_up, None
+    if looked_up is None or not torch.is_grad_enabled():
+        return rows
+    # Not those of a lookup before the rows were cast, moved or gathered anew.
+    same = looked_up.data_ptr() == rows.data_ptr() and looked_up.dtype == rows.dtype
+    return looked_up if same and rows.requires_grad else rows
+
+
 @fast_class(nn.Linear)
 class SplitLinear(PartialModule, nn.Linear):
     """An `nn.Linear` in which the output rows `trainable_ids` train and all others are frozen.
@@ -252,7 +265,7 @@ class SplitLinear(PartialModule, nn.Linear):
         bias: Tensor | None = self.raw_table("bias")
         if source is None:
             return None
-        rows = source.rows_after_lookup()
+        rows = _after_lookup(source)
         bias_rows: Tensor | None = None
         if bias is not None:
             bias_source = self._row_sources.get("bias")

@@ -50,14 +50,33 @@ class Steps:
         return Steps((*self.names, name), (*self.numbers, number))
 
     def __call__(self, logits: Tensor) -> Tensor:
+        return self.forward(logits)[0]
+
+    def forward(self, logits: Tensor) -> tuple[Tensor, list[Any]]:
+        """The logits after all steps, and what `backward` needs of each."""
+        kept: list[Any] = []
         for name, number in zip(self.names, self.numbers, strict=True):
+            kept.append(logits.dtype)
             if name == "mul":
                 logits = logits * number
             elif name == "div":
                 logits = logits / number
+            elif name == "tanh":
+                logits = kept[-1] = logits.tanh()
             else:
-                logits = logits.tanh() if name == "tanh" else logits.to(getattr(torch, name))
-        return logits
+                logits = logits.to(getattr(torch, name))
+        return logits, kept
+
+    def backward(self, grad: Tensor, kept: list[Any]) -> Tensor:
+        """The gradient of the logits before all steps. By hand: autograd is switched off inside of an operator."""
+        for name, number, value in zip(self.names[::-1], self.numbers[::-1], kept[::-1], strict=True):
+            if name == "mul":
+                grad = grad * number
+            elif name == "div":
+                grad = grad / number
+            else:
+                grad = torch.ops.aten.tanh_backward(grad, value) if name == "tanh" else grad.to(value)
+        return grad
 
 
 def linear_cross_entropy(
@@ -343,7 +362,9 @@ class _Chunks:
         """Logits, after `transform`, and log-probabilities, `(n, V)` each."""
         self._leaf = head_logits(part, self.head, out=self._logits[: len(part)])
         self._out = self._leaf
-        if self.transform is not None:
+        if isinstance(self.transform, Steps):
+            self._out, self._kept = self.transform.forward(self._leaf)
+        elif self.transform is not None:
             self._leaf = self._leaf.detach().requires_grad_(True)
             with torch.enable_grad():
                 self._out = self.transform(self._leaf)
@@ -356,7 +377,9 @@ class _Chunks:
         Args:
             grad: the gradient of the logits that `log_probs` returned last.
         """
-        if self.transform is not None:
+        if isinstance(self.transform, Steps):
+            grad = self.transform.backward(grad.to(self._out.dtype), self._kept)
+        elif self.transform is not None:
             (grad,) = torch.autograd.grad(self._out, self._leaf, grad.to(self._out.dtype))
         # The logits are not needed any more: their buffer is reused.
         return grad if grad.dtype == self._logits.dtype else self._logits[: len(grad)].copy_(grad)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import PartialEmbeddingError
@@ -143,7 +142,7 @@ class RowSource:
     """Where the trainable rows of a table are: in the `new_rows` of which module, under which name; and their ids.
 
     `shape` is the table's unsharded shape. A tied module shares the source of the module that owns the rows, which
-    is `tied` then.
+    is `tied` then, and keeps the rows as the last lookup gave them on to the head.
     """
 
     def __init__(
@@ -155,38 +154,15 @@ class RowSource:
         self.shape = tuple(shape)
         self.dim = dim
         self.tied = False
-        self._looked_up: Tensor | None = None
+        self.looked_up: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_looked_up": None}  # part of a graph, which cannot be copied
+        return {**self.__dict__, "looked_up": None}  # part of a graph, which cannot be copied
 
     def rows(self) -> Tensor:
         """All trainable rows, `[K, ...]`, in their own dtype."""
         rows: Tensor = self.owner.new_rows(self.table_name)
         return rows
-
-    def look_up(self, row: Tensor, padding_row: int | None) -> Tensor:
-        """`F.embedding(row, rows, padding_row)`."""
-        rows = self.rows()
-        # Without a graph, compiled, or where the rows are not a parameter (several sets, a flat one of FSDP1).
-        if not self.tied or torch.compiler.is_compiling() or type(rows) is not nn.Parameter or not rows.requires_grad:
-            return F.embedding(row, rows, padding_row)
-        if not torch.is_grad_enabled():
-            return F.embedding(row, rows, padding_row)
-        looked_up, same_rows = _LookUp.apply(rows, row, padding_row)  # type: ignore[no-untyped-call]
-        self._looked_up = same_rows
-        found: Tensor = looked_up
-        return found
-
-    def rows_after_lookup(self) -> Tensor:
-        """`rows()` for a tied head, by way of the lookup before it, so that their gradients meet there: `_LookUp`."""
-        rows = self.rows()
-        if torch.compiler.is_compiling():
-            return rows
-        same_rows, self._looked_up = self._looked_up, None
-        # Not those of a lookup before the rows were cast, moved or gathered anew.
-        same = same_rows is not None and same_rows.data_ptr() == rows.data_ptr() and same_rows.dtype == rows.dtype
-        return same_rows if same and same_rows is not None and torch.is_grad_enabled() else rows
 
     def sets(self) -> list[tuple[str, Tensor, tuple[int, ...]]]:
         """The row sets: name in `new_rows`, parameter, and the parameter's unsharded shape."""
@@ -214,41 +190,6 @@ class RowSource:
         sorted_ids, order = self.owner.row_buffers(self.table_name) or (None, None)
         assert sorted_ids is not None and order is not None
         return sorted_ids[torch.argsort(order)]
-
-
-class _LookUp(torch.autograd.Function):
-    """A lookup of rows, and all rows once more, for a head that is tied to them.
-
-    Autograd would have a gradient of the size of all rows from each of the two, and add them. Here the few rows of
-    the lookup's are added to the head's. At 32,768 rows the other gradient, to be allocated and filled with zeros,
-    would be a tenth of the step.
-    """
-
-    @staticmethod
-    def forward(rows: Tensor, row: Tensor, padding_row: int | None) -> tuple[Tensor, Tensor]:
-        return F.embedding(row, rows), rows.view_as(rows)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        rows, row, ctx.padding_row = inputs
-        ctx.size = rows.shape[0]
-        # A copy that is no saved tensor, since this backward may be part of several: the head's may come later.
-        ctx.row = row.clone()
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_rows: Tensor | None) -> tuple[Tensor | None, None, None]:
-        if grad is None:
-            return grad_rows, None, None
-        padding_row = -1 if ctx.padding_row is None else ctx.padding_row
-        # 16 bits would lose a small addend after the other. And a graph of the backward allows no change in place.
-        if grad_rows is None or torch.is_grad_enabled() or grad_rows.dtype.itemsize < 4:
-            dense = torch.ops.aten.embedding_dense_backward(grad, ctx.row, ctx.size, padding_row, False)
-            return dense if grad_rows is None else grad_rows + dense, None, None
-        if padding_row >= 0:
-            grad = grad.masked_fill((ctx.row == padding_row).unsqueeze(-1), 0)
-        # In place: it is the head's, made for this.
-        return grad_rows.index_add_(0, ctx.row.flatten(), grad.reshape(-1, grad.shape[-1])), None, None
 
 
 class _WholeTable(torch.autograd.Function):
