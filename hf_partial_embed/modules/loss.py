@@ -299,7 +299,9 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _arguments(args: Sequence[Any]) -> tuple[Tensor, HeadOperands, Tensor, list[bool], Any, Steps]:
+def _arguments(
+    args: Any,
+) -> tuple[Tensor, HeadOperands, Tensor, list[bool], tuple[str, int, float, float], Steps]:
     """What the operator was called with, in the order of its schema."""
     return args[0], HeadOperands(*args[1:8]), args[8], list(args[9:12]), args[12:16], Steps(*args[16:])
 
