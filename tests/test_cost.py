@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from allocations import Allocations
+from allocations import Allocations, memory_changes, peak_bytes
 from conftest import bpe_tokenizer, build_model
 from torch import nn
 
@@ -79,12 +79,90 @@ def extra_bytes(new: int, *, tied: bool, where: str = "appended", positions: int
 
 
 def test_extra_bytes_of_a_step_are_the_gradients_of_the_rows(tied):
-    # One for the lookup, one for the head, and where it is tied their sum; the logits' columns are there anyway.
-    per_row = (3 if tied else 2) * WIDTH * 4
+    # One for the lookup and one for the head; where they are tied, one for both. The logits' columns are there anyway.
+    per_row = (1 if tied else 2) * WIDTH * 4
     few, many, most = (extra_bytes(new, tied=tied) for new in (8, 512, 2048))
     assert (many - few, most - many) == (per_row * 504, per_row * 1536)
     # What remains is a few tensors of the size of the hidden states.
-    assert few - per_row * 8 < 6 * POSITIONS * WIDTH * 4
+    assert few - per_row * 8 < 8 * POSITIONS * (WIDTH + 2) * 4
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "not fused"])
+def test_many_rows_cost_one_gradient_and_their_moments(fused):
+    new, positions = 4096, 8
+    size = VOCABULARY + new
+    embedding, head = modules(True, size)
+    batch = torch.randint(0, size, (positions,))
+    split = SplitEmbedding(embedding, trainable_ids=range(VOCABULARY, size), base_size=VOCABULARY)
+    head = SplitLinear(head, tied_to=split)
+    rows = split.new_rows.weight
+    optimizer = torch.optim.AdamW([rows], fused=fused)
+
+    def whole_step() -> None:
+        F.cross_entropy(head(split(batch)), batch).backward()
+        optimizer.step()
+        rows.grad = None
+
+    first = [change for change in memory_changes(whole_step) if change >= rows.nbytes]
+    later = [change for change in memory_changes(whole_step) if change >= rows.nbytes]
+    assert len(first) == len(later) + 2  # the moments
+    if fused:
+        assert later == [rows.nbytes]  # the gradient: with the moments 12 bytes for each element of the rows
+        logits = 3 * positions * size * 4  # they, their log-probabilities, and the gradient
+        assert peak_bytes(whole_step) <= rows.nbytes + logits
+    else:
+        assert len(later) > 1
+
+
+def test_gradients_of_lookup_and_tied_head_meet_in_one_tensor_whatever_is_used():
+    torch.manual_seed(0)
+    ids = torch.tensor([[3, 11, 11, 2, 12]])
+    base = nn.Embedding(14, 6, padding_idx=12, dtype=torch.float64)
+    head = nn.Linear(6, 14, bias=False, dtype=torch.float64)
+    head.weight = base.weight
+    reference = base.weight.detach().clone().requires_grad_(True)
+    split = SplitEmbedding(base, trainable_ids=range(10, 14))
+    head = SplitLinear(head, tied_to=split)
+    rows = split.new_rows.weight
+
+    def plain_lookup():
+        return F.embedding(ids, reference, padding_idx=12)
+
+    losses = {
+        "both": (lambda: head(split(ids)).square().sum(), lambda: (plain_lookup() @ reference.t()).square().sum()),
+        "lookup alone": (lambda: split(ids).square().sum(), lambda: plain_lookup().square().sum()),
+        "another lookup after it": (
+            lambda: head(split(ids) + split(ids)).square().sum(),
+            lambda: (2 * plain_lookup() @ reference.t()).square().sum(),
+        ),
+        "head alone, after a lookup that nothing used": (
+            lambda: (split(ids), head(base_states).square().sum())[1],
+            lambda: (base_states @ reference.t()).square().sum(),
+        ),
+        "head twice": (
+            lambda: head(head(split(ids))[..., :6]).square().sum(),
+            lambda: ((plain_lookup() @ reference.t())[..., :6] @ reference.t()).square().sum(),
+        ),
+    }
+    base_states = torch.randn(2, 6, dtype=torch.float64)
+    for name, (own, plain) in losses.items():
+        (expected,) = torch.autograd.grad(plain(), reference)
+        for _ in range(2):
+            (gradient,) = torch.autograd.grad(own(), rows)
+            torch.testing.assert_close(gradient, expected[10:], msg=name)
+        value = own()
+        value.backward(retain_graph=True)
+        value.backward()
+        torch.testing.assert_close(rows.grad, 2 * expected[10:], msg=name)
+        rows.grad = None
+        # A second derivative.
+        (again,) = torch.autograd.grad(own(), rows, create_graph=True)
+        (twice,) = torch.autograd.grad(again.square().sum(), rows)
+        (first,) = torch.autograd.grad(plain(), reference, create_graph=True)
+        (second,) = torch.autograd.grad(first[10:].square().sum(), reference)
+        torch.testing.assert_close(twice, second[10:], msg=name)
+    split(ids)
+    copy.deepcopy((split, head))  # after a lookup whose head has not come
 
 
 def test_extra_bytes_for_scattered_rows_stay_within_four_gradients_and_their_columns(tied):

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from hf_partial_embed import add_tokens
 
 FROZEN = "frozen limit"
+COUNTED = "frozen and what rows need"
 METHODS = [FROZEN, "split", "PEFT TrainableTokens", "mask", "full"]
 
 

@@ -107,7 +107,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         "MB allocated beyond": "MB beyond it",
     }
     for axes, (column, label) in zip(figure.subplots(1, 2), columns.items(), strict=True):
-        for number, method in enumerate(row["method"] for row in found[0]["rows"]):
+        for number, method in enumerate(row["method"] for row in found[0]["rows"] if "trainable" in row):
             values = [next(row[column] for row in result["rows"] if row["method"] == method) for result in found]
             places = [place + number * 0.16 for place in range(len(found))]
             axes.barh(places, values, height=0.15, label=method)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from measure import allocated_bytes, kept_bytes, peak_bytes, time_ratios
-from methods import FROZEN, METHODS, Prepared, Shape, build, new_tokens, prepare, saved_bytes
+from methods import COUNTED, FROZEN, METHODS, Prepared, Shape, build, new_tokens, prepare, saved_bytes
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_partial_embed import ChunkedLoss, FrozenPrefix, SplitLinear, add_tokens, linear_cross_entropy
 
@@ -38,26 +39,75 @@ def large(shape: Shape, device: torch.device, repetitions: int) -> Rows:
     return training(shape, device, repetitions, save=False)
 
 
+def _flops(function: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def _needed_by_rows(
+    shape: Shape, device: torch.device
+) -> tuple[Callable[[], list[torch.Tensor]], Callable[[list[torch.Tensor]], None]]:
+    """What rows that train cannot do without, beyond a frozen table: their gradient, and the optimizer's step.
+
+    The gradient is one matmul of the logits' gradient and the hidden states, with the lookup's rows added to it; where
+    the head is not tied, the lookup has one of its own.
+    """
+    size, dtype = shape.vocabulary + shape.tokens, getattr(torch, shape.dtype)
+    grad = torch.randn(shape.positions, size, device=device, dtype=dtype)[:, shape.vocabulary :]
+    states = torch.randn(shape.positions, shape.width, device=device, dtype=dtype)
+    row = torch.randint(0, shape.tokens, (shape.positions,), device=device)
+    rows = [torch.zeros(shape.tokens, shape.width, device=device, requires_grad=True) for _ in range(2 - shape.tied)]
+    optimizer = torch.optim.AdamW(rows, lr=1e-3, fused=True)
+
+    def gradients() -> list[torch.Tensor]:
+        found = [(grad.t() @ states).float()]
+        if not shape.tied:
+            found.append(torch.zeros_like(found[0]))
+        found[-1].index_add_(0, row, states.float())
+        return found
+
+    def update(gradients: list[torch.Tensor]) -> None:
+        for parameter, gradient in zip(rows, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return gradients, update
+
+
 def training(shape: Shape, device: torch.device, repetitions: int, *, save: bool = True) -> Rows:
-    """A training step by each method: forward and backward, and with AdamW's step."""
+    """A training step by each method: forward and backward, and with AdamW's step, fused.
+
+    One row is no method: the frozen limit, and by hand the operations that no rows can do without.
+    """
     ids = torch.randint(0, shape.vocabulary + shape.tokens, (1, shape.positions), device=device)
     passes: dict[str, Callable[[], object]] = {}
     steps: dict[str, Callable[[], object]] = {}
     rows: Rows = []
     for method in METHODS:
         prepared = prepare(method, shape, device)
-        optimizer = torch.optim.AdamW(prepared.parameters, lr=1e-3) if prepared.parameters else None
+        parameters = prepared.parameters
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True) if parameters else None
         prepared.protect(optimizer)
         passes[method] = lambda prepared=prepared: _step(prepared, ids, None)  # type: ignore[misc]
         steps[method] = lambda prepared=prepared, optimizer=optimizer: _step(prepared, ids, optimizer)  # type: ignore[misc]
-        steps[method]()  # the optimizer's state is made in the first step
         rows.append({
             "method": method,
-            "trainable": sum(parameter.numel() for parameter in prepared.parameters),
-            "MB allocated": allocated_bytes(passes[method]) / 1e6,
-            "peak MB": peak_bytes(passes[method], device) / 1e6,
+            "trainable": sum(parameter.numel() for parameter in parameters),
             "saved MB": saved_bytes(prepared.save) / 1e6 if save and method != FROZEN else None,
         })  # fmt: skip
+    gradients, update = _needed_by_rows(shape, device)
+    passes[COUNTED] = lambda: (passes[FROZEN](), gradients())
+    steps[COUNTED] = lambda: (passes[FROZEN](), update(gradients()))
+    rows.insert(1, {"method": COUNTED})
+    for row in rows:
+        method = row["method"]
+        steps[method]()  # the optimizer's state is made in the first step
+        row["MB allocated"] = allocated_bytes(passes[method]) / 1e6
+        row["peak MB"] = peak_bytes(passes[method], device) / 1e6
+        row["peak MB of a step"] = peak_bytes(steps[method], device) / 1e6
+        row["GFLOP"] = _flops(passes[method]) / 1e9
     limit = rows[0]["MB allocated"]
     pass_times = time_ratios(passes, repetitions, device, FROZEN)
     step_times = time_ratios(steps, repetitions, device, FROZEN)
@@ -133,9 +183,18 @@ def loss(shape: Shape, device: torch.device, repetitions: int) -> Rows:
     head = SplitLinear(linear, trainable_ids=ids, base_size=shape.vocabulary, dtype=torch.float32)
     hidden = torch.randn(shape.positions, shape.width, device=device, dtype=dtype, requires_grad=True)
     target = torch.randint(0, size, (shape.positions,), device=device)
+
+    def plain(hidden: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(head(hidden).float(), target)
+
+    def chunked(hidden: torch.Tensor) -> torch.Tensor:
+        return linear_cross_entropy(hidden, head, target)
+
+    losses: dict[str, Any] = {"plain": plain, "chunked": chunked}
+    for name, function in (("plain, compiled", plain), ("chunked, compiled", chunked)):
+        losses[name] = torch.compile(function, fullgraph=True)
     ways: dict[str, Callable[[], object]] = {
-        "plain": lambda: F.cross_entropy(head(hidden).float(), target).backward(),
-        "chunked": lambda: linear_cross_entropy(hidden, head, target).backward(),
+        name: (lambda function=function: function(hidden).backward()) for name, function in losses.items()
     }
     times = time_ratios(ways, repetitions, device, "plain")
     rows: Rows = []

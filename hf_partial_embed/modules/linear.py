@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import PartialEmbeddingError
 from .embedding import SplitEmbedding
-from .rows import PartialModule, RowIndex, TableProperty, apply
+from .rows import PartialModule, RowSource, TableProperty, apply
 from .splitting import (
     check_base_size,
     check_ids,
@@ -35,15 +35,17 @@ class HeadOperands(NamedTuple):
         bias (`torch.Tensor` of shape `(V,)`, *optional*): detached.
         rows (`torch.Tensor` of shape `(K, dim)`): the rows that train.
         bias_rows (`torch.Tensor` of shape `(K,)`, *optional*): their entries of the bias.
-        row_index: their ids.
-        ids (`torch.Tensor` of shape `(K,)`, *optional*): their ids as a tensor; `None` where `row_index.appended`.
+        base_size: number of rows that the table had before it grew.
+        start: where the rows are, if `ids` is `None`: from this id on, which is at least `base_size`.
+        ids (`torch.Tensor` of shape `(K,)`, *optional*): their ids, if they are anywhere else.
     """
 
     weight: Tensor
     bias: Tensor | None
     rows: Tensor
     bias_rows: Tensor | None
-    row_index: RowIndex
+    base_size: int
+    start: int
     ids: Tensor | None
 
 
@@ -58,15 +60,15 @@ def head_logits(x: Tensor, head: HeadOperands, out: Tensor | None = None) -> Ten
     Returns:
         `torch.Tensor` of shape `(N, V)`, in the operands' dtype.
     """
-    weight, bias, rows, bias_rows, index, ids = head
+    weight, bias, rows, bias_rows, base_size, row_start, ids = head
     # The old columns come from a matmul of the size that it had before the table grew: one of another size may be
     # split among kernels and threads differently, which changes the last bits.
-    cuts = [0, index.base_size, weight.shape[0]]
-    if index.appended:
-        cuts = [0, index.base_size, index.start, index.stop, weight.shape[0]]
+    cuts = [0, base_size, weight.shape[0]]
+    if ids is None:
+        cuts = [0, base_size, row_start, row_start + rows.shape[0], weight.shape[0]]
     pieces = []
     for start, stop in pairwise(cuts):
-        if index.appended and start == index.start < stop:
+        if ids is None and start == row_start < stop:
             pieces.append((start, stop, rows, bias_rows))
         elif start < stop:
             pieces.append((start, stop, weight[start:stop], None if bias is None else bias[start:stop]))
@@ -79,30 +81,31 @@ def head_logits(x: Tensor, head: HeadOperands, out: Tensor | None = None) -> Ten
     return out if ids is None else out.index_copy_(1, ids, _affine(x, rows, bias_rows))
 
 
-def head_gradient(
-    grad: Tensor, grad_new: Tensor, weight: Tensor, rows: Tensor, index: RowIndex, ids: Tensor | None
-) -> Tensor:
+def head_gradient(grad: Tensor, grad_new: Tensor, head: HeadOperands) -> Tensor:
     """The gradient of the hidden states, `(N, dim)`.
 
     Args:
         grad (`torch.Tensor` of shape `(N, V)`): the gradient of the logits.
         grad_new (`torch.Tensor` of shape `(N, K)`): its `row_columns`.
-        weight, rows, index, ids: of the head, see `HeadOperands`.
+        head: the head.
     """
-    if ids is not None:
+    weight, rows = head.weight, head.rows
+    if head.ids is not None:
         # grad @ weight uses the table's own values at the trainable ids: add the difference to the rows.
-        difference = weight.index_select(0, ids).neg_().add_(rows)
+        difference = weight.index_select(0, head.ids).neg_().add_(rows)
         return torch.addmm(grad @ weight, grad_new, difference)
     grad_x = grad_new @ rows
-    for start, stop in ((0, index.start), (index.stop, weight.shape[0])):
+    for start, stop in ((0, head.start), (head.start + rows.shape[0], weight.shape[0])):
         if stop > start:
             grad_x = grad_x.addmm(grad[:, start:stop], weight[start:stop])
     return grad_x
 
 
-def row_columns(grad: Tensor, index: RowIndex, ids: Tensor | None) -> Tensor:
+def row_columns(grad: Tensor, head: HeadOperands) -> Tensor:
     """The columns of the trainable rows, `(N, K)`, of a gradient of the logits."""
-    return grad[:, index.start : index.stop] if ids is None else grad.index_select(1, ids)
+    if head.ids is None:
+        return grad[:, head.start : head.start + head.rows.shape[0]]
+    return grad.index_select(1, head.ids)
 
 
 class _LinearPieces(torch.autograd.Function):
@@ -116,9 +119,9 @@ class _LinearPieces(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, bias_rows: Tensor | None,
-        index: RowIndex, ids: Tensor | None,
+        base_size: int, start: int, ids: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        head = HeadOperands(weight, bias, rows, bias_rows, index, ids)
+        head = HeadOperands(weight, bias, rows, bias_rows, base_size, start, ids)
         flat, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], weight.shape[0])
         if torch.compiler.is_compiling():
             return head_logits(flat, head).view(shape)
@@ -128,26 +131,40 @@ class _LinearPieces(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, rows, bias_rows, index, ids = inputs
+        x, weight, _, rows, bias_rows, base_size, start, ids = inputs
         ctx.save_for_backward(x, weight, rows, ids)
-        ctx.index = index
+        ctx.base_size, ctx.start = base_size, start
         ctx.has_bias_rows = bias_rows is not None
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rows, ids = ctx.saved_tensors
+        head = HeadOperands(weight, None, rows, None, ctx.base_size, ctx.start, ids)
         grad, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        grad_new = row_columns(grad, ctx.index, ids)
+        grad_new = row_columns(grad, head)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = head_gradient(grad, grad_new, weight, rows, ctx.index, ids).view(x.shape)
+            grad_x = head_gradient(grad, grad_new, head).view(x.shape)
         grad_rows = grad_new.t() @ flat if ctx.needs_input_grad[3] else None
         grad_bias = grad_new.sum(0) if ctx.has_bias_rows and ctx.needs_input_grad[4] else None
-        return grad_x, None, None, grad_rows, grad_bias, None, None
+        return grad_x, None, None, grad_rows, grad_bias, None, None, None
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _after_lookup(source: RowSource) -> Tensor:
+    """The trainable rows; where a tied embedding has looked some up, by way of that, so that their gradients meet."""
+    rows = source.rows()
+    if not source.tied or torch.compiler.is_compiling():
+        return rows
+    looked_up, source.looked_up = source.looked_up, None
+    if looked_up is None or not torch.is_grad_enabled():
+        return rows
+    # Not those of a lookup before the rows were cast, moved or gathered anew.
+    same = looked_up.data_ptr() == rows.data_ptr() and looked_up.dtype == rows.dtype
+    return looked_up if same and rows.requires_grad else rows
 
 
 @fast_class(nn.Linear)
@@ -248,7 +265,7 @@ class SplitLinear(PartialModule, nn.Linear):
         bias: Tensor | None = self.raw_table("bias")
         if source is None:
             return None
-        rows: Tensor = source.rows()
+        rows = _after_lookup(source)
         bias_rows: Tensor | None = None
         if bias is not None:
             bias_source = self._row_sources.get("bias")
@@ -263,6 +280,7 @@ class SplitLinear(PartialModule, nn.Linear):
             None if bias is None else bias.detach(),
             rows.to(table.dtype),
             None if bias_rows is None else bias_rows.to(table.dtype),
-            source.index,
+            source.index.base_size,
+            source.index.start,
             None if source.index.appended else source.ids(table.device),
         )

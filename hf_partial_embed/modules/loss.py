@@ -6,11 +6,14 @@ forward pass the logits of a chunk are computed, turned into their gradient in p
 gradients of hidden states and trainable rows; the backward pass only scales these. That is the scheme of
 Liger Kernel's fused linear cross-entropy (Hsu et al., 2024, arXiv:2410.10989). Since the table is frozen here,
 no gradient of its size exists either.
+
+In a compiled function all of this is one operator of the graph, `hf_partial_embed::chunked_cross_entropy`, which runs
+the same code: the compiler cannot unroll a loop whose length depends on the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +21,9 @@ from torch import Tensor, nn
 
 from ..errors import PartialEmbeddingError
 from .linear import HeadOperands, SplitLinear, head_gradient, head_logits, row_columns
-from .rows import RowIndex, apply
+from .rows import apply
 
-__all__ = ["CHUNK_BYTES", "CHUNK_POSITIONS", "head_operands", "linear_cross_entropy", "linear_log_probs"]
+__all__ = ["CHUNK_BYTES", "CHUNK_POSITIONS", "Steps", "head_operands", "linear_cross_entropy", "linear_log_probs"]
 
 # A chunk has as many positions as fit 64 MiB of float32 logits, but at least 128. Measured on a CPU, at
 # vocabularies of 49 and 152 thousand: with half as many positions the matmuls become slower (1.06 to 1.26 times
@@ -29,6 +32,51 @@ CHUNK_BYTES = 1 << 26
 CHUNK_POSITIONS = 128
 
 Transform = Callable[[Tensor], Tensor]
+
+
+class Steps:
+    """A `transform` of casts, `tanh`, products and quotients, as data: an operator cannot be given a function.
+
+    Args:
+        names: `"tanh"`, `"mul"`, `"div"`, or the name of the dtype of a cast, in their order.
+        numbers: the factor or divisor of each step; 0 where it has none.
+    """
+
+    def __init__(self, names: Sequence[str] = (), numbers: Sequence[float | Tensor] = ()) -> None:
+        self.names, self.numbers = tuple(names), tuple(numbers)
+
+    def then(self, name: str, number: float | Tensor = 0.0) -> Steps:
+        """These steps and one more."""
+        return Steps((*self.names, name), (*self.numbers, number))
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return self.forward(logits)[0]
+
+    def forward(self, logits: Tensor) -> tuple[Tensor, list[Any]]:
+        """The logits after all steps, and what `backward` needs of each."""
+        kept: list[Any] = []
+        for name, number in zip(self.names, self.numbers, strict=True):
+            kept.append(logits.dtype)
+            if name == "mul":
+                logits = logits * number
+            elif name == "div":
+                logits = logits / number
+            elif name == "tanh":
+                logits = kept[-1] = logits.tanh()
+            else:
+                logits = logits.to(getattr(torch, name))
+        return logits, kept
+
+    def backward(self, grad: Tensor, kept: list[Any]) -> Tensor:
+        """The gradient of the logits before all steps. By hand: autograd is switched off inside of an operator."""
+        for name, number, value in zip(self.names[::-1], self.numbers[::-1], kept[::-1], strict=True):
+            if name == "mul":
+                grad = grad * number
+            elif name == "div":
+                grad = grad / number
+            else:
+                grad = torch.ops.aten.tanh_backward(grad, value) if name == "tanh" else grad.to(value)
+        return grad
 
 
 def linear_cross_entropy(
@@ -56,7 +104,8 @@ def linear_cross_entropy(
         ignore_index, label_smoothing: as in `F.cross_entropy`.
         z_loss: weight of the mean (or sum) of `logsumexp(logits)²`, which keeps the partition function near 1
             (Chowdhery et al., 2022, arXiv:2204.02311); 0 is none.
-        transform: applied to the logits before the loss (scaling, soft-capping); each position for itself.
+        transform: applied to the logits before the loss (scaling, soft-capping); each position for itself. In a
+            compiled function anything but `Steps` runs outside of the graph.
 
     Returns:
         a scalar `torch.Tensor`, in float32 or better. Its backward can run once, and cannot itself be
@@ -118,7 +167,7 @@ def head_operands(head: nn.Module, input: Tensor) -> HeadOperands:
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         size = weight.shape[0]  # no row trains: an empty index after the last row
         none, no_bias = weight[size:], None if bias is None else bias[size:]
-        operands = HeadOperands(weight, bias, none, no_bias, RowIndex((), size), None)
+        operands = HeadOperands(weight, bias, none, no_bias, size, size, None)
     if operands is None:
         raise PartialEmbeddingError(
             f"The chunked loss needs a head whose table is frozen apart from its trainable rows, but got "
@@ -134,67 +183,127 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, bias_rows: Tensor | None,
-        index: RowIndex, ids: Tensor | None, target: Tensor,
+        base_size: int, start: int, ids: Tensor | None, target: Tensor,
         reduction: str, ignore_index: int, label_smoothing: float, z_loss: float, transform: Transform | None,
     ) -> Tensor:  # fmt: skip
-        needs_x, needs_rows, needs_bias = (ctx.needs_input_grad[number] for number in (0, 3, 4))
-        head = HeadOperands(weight, bias, rows, bias_rows, index, ids)
-        size = weight.shape[0]
-        exact = torch.promote_types(torch.float32, x.dtype)
-        kept = (target != ignore_index).nonzero().flatten()
-        everything = len(kept) == len(target)
-        target = target if everything else target[kept]
-        if len(target) and not 0 <= int(target.min()) <= int(target.max()) < size:
-            raise IndexError(
-                f"Target {int(target.min() if target.min() < 0 else target.max())} is out of bounds: the head has "
-                f"{size} outputs, and ignore_index={ignore_index}."
+        head = HeadOperands(weight, bias, rows, bias_rows, base_size, start, ids)
+        needs = [ctx.needs_input_grad[number] for number in (0, 3, 4)]
+        options = (reduction, ignore_index, label_smoothing, z_loss)
+        if torch.compiler.is_compiling() and (transform is None or isinstance(transform, Steps)):
+            steps = Steps() if transform is None else transform
+            results = torch.ops.hf_partial_embed.chunked_cross_entropy(
+                x, *head, target, *needs, *options, steps.names, steps.numbers
             )
-        loss = x.new_zeros((), dtype=exact)
-        # Accumulated over many chunks, so in float32 whatever the head's dtype.
-        grad_x = (torch.empty_like(x) if everything else torch.zeros_like(x)) if needs_x else None
-        grad_rows = rows.new_zeros(rows.shape, dtype=exact) if needs_rows else None
-        grad_bias = rows.new_zeros(len(rows), dtype=exact) if needs_bias and bias_rows is not None else None
-
-        chunks = _Chunks(head, x, transform, len(target))
-        for span in chunks.spans:
-            labels = target[span].unsqueeze(1)
-            positions = span if everything else kept[span]
-            part = x[positions]
-            logits, grad = chunks.log_probs(part)
-            picked = grad.gather(1, labels)
-            loss -= picked.sum() * (1 - label_smoothing)
-            if label_smoothing:
-                loss -= grad.sum() * (label_smoothing / size)
-            if z_loss:
-                normalizer = logits.gather(1, labels).to(exact) - picked
-                loss += normalizer.square().sum() * z_loss
-            if not (needs_x or grad_rows is not None or grad_bias is not None):
-                continue
-            grad.exp_()
-            if z_loss:
-                grad.mul_(1 + 2 * z_loss * normalizer)
-            if label_smoothing:
-                grad.sub_(label_smoothing / size)
-            grad.scatter_add_(1, labels, grad.new_full((1, 1), label_smoothing - 1).expand_as(labels))
-            grad = chunks.of_raw_logits(grad)
-            grad_new = row_columns(grad, index, ids)
-            if grad_x is not None:
-                grad_x[positions] = head_gradient(grad, grad_new, weight, rows, index, ids)
-            _add_row_gradients(grad_new, part, grad_rows, grad_bias)
-        # Without any position the mean is NaN, as in F.cross_entropy.
-        scale = 1.0 if reduction == "sum" else (1 / len(target) if len(target) else float("nan"))
-        ctx.save_for_backward(grad_x, grad_rows, grad_bias)
-        ctx.scale, ctx.dtype = scale if len(target) else 0.0, x.dtype
-        return loss * scale
+        else:
+            results = _loss_and_gradients(x, head, target, needs, *options, transform)
+        loss: Tensor
+        loss, scale, *gradients = results
+        ctx.save_for_backward(scale, *(grad if need else None for grad, need in zip(gradients, needs, strict=True)))
+        ctx.dtype = x.dtype
+        return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scale = grad * ctx.scale
+        scale, *gradients = ctx.saved_tensors
+        scale = grad * scale
         grad_x, grad_rows, grad_bias = (
-            None if saved is None else (saved * scale).to(ctx.dtype) for saved in ctx.saved_tensors
+            None if saved is None else (saved * scale).to(ctx.dtype) for saved in gradients
         )
-        return grad_x, None, None, grad_rows, grad_bias, *[None] * 8
+        return grad_x, None, None, grad_rows, grad_bias, *[None] * 9
+
+
+def _loss_and_gradients(
+    x: Tensor, head: HeadOperands, target: Tensor, needs: Sequence[bool],
+    reduction: str, ignore_index: int, label_smoothing: float, z_loss: float, transform: Transform | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """The loss; what its gradients are yet to be multiplied with; and those of hidden states, rows and bias.
+
+    Args:
+        needs: which of the three gradients are needed; the others are `None`.
+    """
+    rows, size = head.rows, head.weight.shape[0]
+    exact = torch.promote_types(torch.float32, x.dtype)
+    kept = (target != ignore_index).nonzero().flatten()
+    everything = len(kept) == len(target)
+    target = target if everything else target[kept]
+    if len(target) and not 0 <= int(target.min()) <= int(target.max()) < size:
+        raise IndexError(
+            f"Target {int(target.min() if target.min() < 0 else target.max())} is out of bounds: the head has "
+            f"{size} outputs, and ignore_index={ignore_index}."
+        )
+    loss = x.new_zeros((), dtype=exact)
+    # Accumulated over many chunks, so in float32 whatever the head's dtype.
+    grad_x = (torch.empty_like(x) if everything else torch.zeros_like(x)) if needs[0] else None
+    grad_rows = rows.new_zeros(rows.shape, dtype=exact) if needs[1] else None
+    grad_bias = rows.new_zeros(len(rows), dtype=exact) if needs[2] else None
+
+    chunks = _Chunks(head, x, transform, len(target))
+    for span in chunks.spans:
+        labels = target[span].unsqueeze(1)
+        positions = span if everything else kept[span]
+        part = x[positions]
+        logits, grad = chunks.log_probs(part)
+        picked = grad.gather(1, labels)
+        loss -= picked.sum() * (1 - label_smoothing)
+        if label_smoothing:
+            loss -= grad.sum() * (label_smoothing / size)
+        if z_loss:
+            normalizer = logits.gather(1, labels).to(exact) - picked
+            loss += normalizer.square().sum() * z_loss
+        if not any(needs):
+            continue
+        grad.exp_()
+        if z_loss:
+            grad.mul_(1 + 2 * z_loss * normalizer)
+        if label_smoothing:
+            grad.sub_(label_smoothing / size)
+        grad.scatter_add_(1, labels, grad.new_full((1, 1), label_smoothing - 1).expand_as(labels))
+        grad = chunks.of_raw_logits(grad)
+        grad_new = row_columns(grad, head)
+        if grad_x is not None:
+            grad_x[positions] = head_gradient(grad, grad_new, head)
+        _add_row_gradients(grad_new, part, grad_rows, grad_bias)
+    # Without any position the mean is NaN, as in F.cross_entropy.
+    scale = 1.0 if reduction == "sum" else (1 / len(target) if len(target) else float("nan"))
+    return loss * scale, loss.new_tensor(scale if len(target) else 0.0), grad_x, grad_rows, grad_bias
+
+
+torch.library.define(
+    "hf_partial_embed::chunked_cross_entropy",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor rows, Tensor? bias_rows, SymInt base_size, SymInt start, "
+    "Tensor? ids, Tensor target, bool needs_x, bool needs_rows, bool needs_bias, str reduction, SymInt ignore_index, "
+    "float label_smoothing, float z_loss, str[] names, float[] numbers) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl("hf_partial_embed::chunked_cross_entropy", "CompositeExplicitAutograd")
+def _(*args: Any) -> tuple[Tensor, ...]:
+    x, head, target, needs, options, steps = _arguments(args)
+    results = _loss_and_gradients(x, head, target, needs, *options, steps if steps.names else None)
+    return tuple(x.new_empty(0) if value is None else value for value in results)
+
+
+@torch.library.register_fake("hf_partial_embed::chunked_cross_entropy")  # type: ignore[untyped-decorator]
+def _(*args: Any) -> tuple[Tensor, ...]:
+    x, head, _, needs, _, _ = _arguments(args)
+    exact = torch.promote_types(torch.float32, x.dtype)
+    rows = head.rows
+    return (
+        x.new_empty((), dtype=exact),
+        x.new_empty((), dtype=exact),
+        torch.empty_like(x) if needs[0] else x.new_empty(0),
+        rows.new_empty(rows.shape, dtype=exact) if needs[1] else x.new_empty(0),
+        rows.new_empty(rows.shape[0], dtype=exact) if needs[2] else x.new_empty(0),
+    )
+
+
+def _arguments(
+    args: Any,
+) -> tuple[Tensor, HeadOperands, Tensor, list[bool], tuple[str, int, float, float], Steps]:
+    """What the operator was called with, in the order of its schema."""
+    return args[0], HeadOperands(*args[1:8]), args[8], list(args[9:12]), args[12:16], Steps(*args[16:])
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -203,23 +312,24 @@ class _ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, bias_rows: Tensor | None,
-        index: RowIndex, ids: Tensor | None, target: Tensor, transform: Transform | None,
+        base_size: int, start: int, ids: Tensor | None, target: Tensor, transform: Transform | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        chunks = _Chunks(HeadOperands(weight, bias, rows, bias_rows, index, ids), x, transform, len(x))
+        head = HeadOperands(weight, bias, rows, bias_rows, base_size, start, ids)
+        chunks = _Chunks(head, x, transform, len(x))
         picked, total = x.new_empty(len(x), dtype=chunks.exact), x.new_empty(len(x), dtype=chunks.exact)
         for span in chunks.spans:
             _, log_probs = chunks.log_probs(x[span])
             picked[span] = log_probs.gather(1, target[span].unsqueeze(1)).squeeze(1)
             total[span] = log_probs.sum(1)
         ctx.save_for_backward(x, weight, bias, rows, bias_rows, ids, target)
-        ctx.index, ctx.transform = index, transform
+        ctx.base_size, ctx.start, ctx.transform = base_size, start, transform
         return picked, total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_picked: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, rows, bias_rows, ids, target = ctx.saved_tensors
-        head = HeadOperands(weight, bias, rows, bias_rows, ctx.index, ids)
+        head = HeadOperands(weight, bias, rows, bias_rows, ctx.base_size, ctx.start, ids)
         chunks = _Chunks(head, x, ctx.transform, len(x))
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad_rows = rows.new_zeros(rows.shape, dtype=chunks.exact) if ctx.needs_input_grad[3] else None
@@ -230,12 +340,12 @@ class _ChunkedLogProbs(torch.autograd.Function):
             grad.mul_(-one - every * weight.shape[0]).add_(every)
             grad.scatter_add_(1, target[span].unsqueeze(1), one)
             grad = chunks.of_raw_logits(grad)
-            grad_new = row_columns(grad, ctx.index, ids)
+            grad_new = row_columns(grad, head)
             if grad_x is not None:
-                grad_x[span] = head_gradient(grad, grad_new, weight, rows, ctx.index, ids)
+                grad_x[span] = head_gradient(grad, grad_new, head)
             _add_row_gradients(grad_new, x[span], grad_rows, grad_bias)
         grad_rows, grad_bias = (None if sums is None else sums.to(x.dtype) for sums in (grad_rows, grad_bias))
-        return grad_x, None, None, grad_rows, grad_bias, *[None] * 4
+        return grad_x, None, None, grad_rows, grad_bias, *[None] * 5
 
 
 class _Chunks:
@@ -254,7 +364,9 @@ class _Chunks:
         """Logits, after `transform`, and log-probabilities, `(n, V)` each."""
         self._leaf = head_logits(part, self.head, out=self._logits[: len(part)])
         self._out = self._leaf
-        if self.transform is not None:
+        if isinstance(self.transform, Steps):
+            self._out, self._kept = self.transform.forward(self._leaf)
+        elif self.transform is not None:
             self._leaf = self._leaf.detach().requires_grad_(True)
             with torch.enable_grad():
                 self._out = self.transform(self._leaf)
@@ -267,7 +379,9 @@ class _Chunks:
         Args:
             grad: the gradient of the logits that `log_probs` returned last.
         """
-        if self.transform is not None:
+        if isinstance(self.transform, Steps):
+            grad = self.transform.backward(grad.to(self._out.dtype), self._kept)
+        elif self.transform is not None:
             (grad,) = torch.autograd.grad(self._out, self._leaf, grad.to(self._out.dtype))
         # The logits are not needed any more: their buffer is reused.
         return grad if grad.dtype == self._logits.dtype else self._logits[: len(grad)].copy_(grad)

@@ -141,7 +141,8 @@ class ForwardScope:
 class RowSource:
     """Where the trainable rows of a table are: in the `new_rows` of which module, under which name; and their ids.
 
-    `shape` is the table's unsharded shape. A tied module shares the source of the module that owns the rows.
+    `shape` is the table's unsharded shape. A tied module shares the source of the module that owns the rows, which
+    is `tied` then, and keeps the rows as the last lookup gave them on to the head.
     """
 
     def __init__(
@@ -152,6 +153,11 @@ class RowSource:
         self.index = index
         self.shape = tuple(shape)
         self.dim = dim
+        self.tied = False
+        self.looked_up: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "looked_up": None}  # part of a graph, which cannot be copied
 
     def rows(self) -> Tensor:
         """All trainable rows, `[K, ...]`, in their own dtype."""

@@ -128,6 +128,7 @@ def split_module(
         index_rows(module, name, (*before, *ids), (dims or {}).get(name, 0), base_size)
     for name, source in shared.items():
         module._row_sources[name] = source
+        source.tied = True
     for name in (*rows, *shared):
         table = module._parameters[name]
         assert table is not None

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
@@ -119,11 +118,11 @@ class PartialEmbeddingCallback(TrainerCallback):
                 "loss cannot be used. Switch it off: TrainingArguments(use_liger_kernel=False)."
             )
 
-    def _make_additions(self, outer: Sequence[nn.Module] = (), smoothing: bool = False) -> list[Addition]:
+    def _make_additions(self, smoothing: bool = False) -> list[Addition]:
         """The additions to install while the model trains; raises where the model cannot have one."""
         additions: list[Addition] = [RolloutWeights(self.partials[0].model)]
         if self.chunked_loss:
-            additions.append(ChunkedLoss(self.partials[0].model, outer=outer, keep_logits=smoothing))
+            additions.append(ChunkedLoss(self.partials[0].model, keep_logits=smoothing))
         if self.frozen_prefix:
             additions.append(FrozenPrefix(self.partials[0].model))
         return additions
@@ -164,7 +163,7 @@ class PartialEmbeddingCallback(TrainerCallback):
             optimizer.register_step_post_hook(steps.after),
             optimizer.register_state_dict_post_hook(ExactRows(exact).store),
         ]
-        self._additions = self._make_additions([kwargs["model"]], smoothing=args.label_smoothing_factor > 0)
+        self._additions = self._make_additions(smoothing=args.label_smoothing_factor > 0)
         for addition in self._additions:
             addition.install()
         for diagnostics in self.diagnostics:  # last, so that they see what the others leave of an output

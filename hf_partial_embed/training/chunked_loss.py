@@ -2,15 +2,20 @@
 
 A model computes `logits = head(hidden)`, perhaps scales or soft-caps them, and passes them to `F.cross_entropy`,
 in its loss function or in its forward. While the chunked loss is installed and the forward is given labels, the
-head returns deferred logits: a tensor subclass with the shape of the logits but not their values, which records
-the operations on it and turns into the loss when `F.cross_entropy` is called with it. Any other function raises an
+head returns deferred logits: an object with the shape of the logits but not their values, which records the
+operations on it and turns into the loss when `F.cross_entropy` is called with it. Any other function raises an
 error that names it, so that a loss of another kind is never taken for this one. Deferred logits do not leave the
 forward: its output has `logits=None`, as with other fused losses.
+
+They are no tensor subclass, so that `torch.compile` can trace them: it knows no attributes of such tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import builtins
+import inspect
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,17 +25,15 @@ from transformers.utils.generic import ModelOutput
 
 from ..attachment.additions import Addition
 from ..errors import PartialEmbeddingError
-from ..modules.loss import head_operands, linear_cross_entropy, linear_log_probs
+from ..modules.loss import Steps, head_operands, linear_cross_entropy, linear_log_probs
 
 __all__ = ["ChunkedLoss"]
-
-Steps = tuple[Callable[[Tensor], Tensor], ...]
 
 
 class ChunkedLoss(Addition):
     """Computes the loss of a model that has trainable rows in chunks, while it is installed.
 
-    Only forwards that are given `labels` and build a graph are changed. Generation, evaluation and compiled models
+    Only forwards that are given `labels` and build a graph are changed, compiled ones too. Generation and evaluation
     compute their logits as always. Also a context manager:
 
     ```python
@@ -40,7 +43,6 @@ class ChunkedLoss(Addition):
 
     Args:
         model: a model with a head over its vocabulary whose table is frozen, as `add_tokens` leaves it.
-        outer: modules that are called instead of the model (a PEFT model).
         keep_logits: leave deferred logits in the output, and defer them in a forward without labels, too: for a
             label smoother, which computes the loss from them afterwards.
 
@@ -49,58 +51,69 @@ class ChunkedLoss(Addition):
             quantised; in a forward, a loss that is not a cross-entropy over all logits.
     """
 
-    def __init__(self, model: nn.Module, *, outer: Sequence[nn.Module] = (), keep_logits: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, keep_logits: bool = False) -> None:
         super().__init__(model)
         self.keep_logits = keep_logits
         self.head = _find_head(model)
-        self.entries = [model, *(module for module in outer if module is not model)]
-        self.depth = 0
-        self._handles: list[Any] = []
+        self.active = False  # whether the model's forward is running, and defers its logits
+        self._replaced: Any = None
 
     def _put_on(self) -> None:
-        for module in self.entries:
-            self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        self._replaced = self.model.__dict__.get("forward")
+        self.model.__dict__["forward"] = _Forward(self, self.model.forward)
         self.head.__dict__["forward"] = self._head_forward
 
     def _take_off(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        forward = self.model.__dict__.get("forward")
+        if isinstance(forward, _Forward) and forward.owner is self:
+            del self.model.__dict__["forward"]
+            if self._replaced is not None:
+                self.model.__dict__["forward"] = self._replaced
         if self.head.__dict__.get("forward") == self._head_forward:
             del self.head.__dict__["forward"]
-        self._handles = []
-        self.depth = 0
+        self.active = False
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return
-        if kwargs.get("labels") is not None or (self.keep_logits and self.model.training) or self.depth:
-            self.depth += 1
+    def wanted(self, labels: object) -> bool:
+        """Whether a forward that is given these labels is to defer its logits."""
+        if not torch.is_grad_enabled():
+            return False
+        return labels is not None or (self.keep_logits and self.model.training)
 
-    def _leave(self, module: nn.Module, args: object, output: Any) -> Any:
-        if not self.depth:
-            return None
-        self.depth -= 1
-        return None if self.depth or self.keep_logits else _without_deferred(output)
-
-    def _head_forward(self, input: Tensor) -> Tensor:
-        if self.depth and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            device = input.device.type
-            autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-            deferred: Tensor = _DeferredLogits.make(
-                autocast or input.dtype,
-                hidden=input,
-                head=self.head,
-                steps=(),
-                autocast=autocast,
-                owner=type(self.model).__name__,
-            )
-            return deferred
-        logits: Tensor = type(self.head).forward(self.head, input)
-        return logits
+    def _head_forward(self, input: Tensor) -> Any:
+        if not self.active or not torch.is_grad_enabled():
+            return type(self.head).forward(self.head, input)
+        device = input.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        owner = type(self.model).__name__
+        return _DeferredLogits(input, self.head, autocast or input.dtype, Steps(), autocast, owner)
 
 
-def _find_head(model: nn.Module) -> nn.Module:
+class _Forward:
+    """A model's forward that defers logits. It is no hook: a compiler runs those of the model outside of its graph.
+
+    It has the signature of the forward in whose place it is, which `generate` asks for.
+    """
+
+    def __init__(self, owner: ChunkedLoss, forward: Callable[..., Any]) -> None:
+        self.owner, self.forward = owner, forward
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        owner = self.owner
+        if not owner.wanted(kwargs.get("labels")):
+            return self.forward(*args, **kwargs)
+        owner.active = True
+        try:
+            output = self.forward(*args, **kwargs)
+        finally:
+            owner.active = False
+        return output if owner.keep_logits else _without_deferred(output)
+
+
+def _find_head(model: nn.Module) -> nn.Linear:
     get = getattr(model, "get_output_embeddings", lambda: None)
     head = get()
     name = type(model).__name__
@@ -139,236 +152,241 @@ def _without_deferred(output: Any) -> Any:
     return output
 
 
-class _Deferred(torch.Tensor):
-    """A tensor over positions and vocabulary that is not computed: a scalar, expanded to its shape.
+class _Deferred:
+    """Values over positions and vocabulary that are not computed; to a model they look like a tensor.
 
-    Attributes:
+    Functions of torch and methods that have a chunked form are methods of the subclasses. All others raise.
+
+    Args:
         hidden (`torch.Tensor` of shape `(..., dim)`): the hidden states at its positions.
         head: the head.
+        dtype: that of the values.
         steps: the operations on the head's logits so far, to be applied before the softmax.
         autocast: autocast's dtype when the head was called; `None` if it was off.
         owner: the model's class name, for messages.
     """
 
-    hidden: Tensor
-    head: nn.Linear
-    steps: Steps
-    autocast: torch.dtype | None
-    owner: str
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: nn.Linear,
+        dtype: torch.dtype,
+        steps: Steps,
+        autocast: torch.dtype | None,
+        owner: str,
+    ) -> None:
+        self.hidden, self.head, self.dtype = hidden, head, dtype
+        self.steps, self.autocast, self.owner = steps, autocast, owner
 
-    @classmethod
-    def make(cls, dtype: torch.dtype, hidden: Tensor, head: Any, steps: Steps, **state: Any) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            number = hidden.new_empty((), dtype=dtype)
-            made = number.expand(*hidden.shape[:-1], head.out_features).as_subclass(cls)
-        made.__dict__.update(hidden=hidden, head=head, steps=steps, **state)
-        return made
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.hidden.shape[:-1], self.head.out_features))
 
-    def but(self, cls: type[_Deferred] | None = None, dtype: torch.dtype | None = None, **changes: Any) -> Any:
-        """A copy with some of its attributes changed."""
-        return (cls or type(self)).make(dtype or self.dtype, **{**self.__dict__, **changes})
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
 
-    def in_rows(self) -> tuple[Tensor, nn.Linear, Callable[[Tensor], Tensor] | None]:
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def in_rows(self) -> tuple[Tensor, nn.Linear, Steps | None]:
         """Hidden states `(N, dim)`, head, and the function of the logits to apply, if it is more than `float()`."""
-        transform = None if all(step is _in_float32 for step in self.steps) else _Chain(self.steps)
+        transform = None if all(name == "float32" for name in self.steps.names) else self.steps
         return self.hidden.reshape(-1, self.hidden.shape[-1]), self.head, transform
 
     def autocasting(self) -> torch.autocast:
         """Autocast as it was when the head was called."""
-        return torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+        return torch.autocast(self.hidden.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+
+    def refuse(self, name: str) -> PartialEmbeddingError:
+        """The error for an operation that has no chunked form."""
+        return PartialEmbeddingError(
+            f"chunked_loss cannot be used with {self.owner}: before or beside the cross-entropy its logits go "
+            f"through {name}, for which there is no chunked form. Leave chunked_loss out for this model."
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _AS_HIDDEN:
+            return getattr(self.hidden, name)
+        if not name.startswith("_") and callable(getattr(torch.Tensor, name, None)):
+            return _Refusal(self, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        deferred = next(arg for arg in (*args, *kwargs.values()) if isinstance(arg, _Deferred))
-        with torch._C.DisableTorchFunctionSubclass():
-            if func in _READS:
-                return func(*args, **kwargs)
-            handler = _HANDLERS[type(deferred)].get(func)
-            answer = NotImplemented if handler is None else handler(*args, **kwargs)
-        if answer is NotImplemented:
-            raise PartialEmbeddingError(
-                f"chunked_loss cannot be used with {deferred.owner}: before or beside the cross-entropy its logits go "
-                f"through {getattr(func, '__name__', func)}, for which there is no chunked form. Leave "
-                "chunked_loss out for this model."
-            )
-        return answer
+        deferred = args[0] if args else None
+        method = getattr(type(deferred), _METHODS.get(func, ""), None)
+        if method is None or not isinstance(deferred, _Deferred):
+            deferred = next(arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, _Deferred))
+            raise deferred.refuse(getattr(func, "__name__", str(func)))
+        return method(*args, **(kwargs or {}))
+
+
+class _Refusal:
+    """A method without a chunked form: only its call is an error, so that `hasattr` is none."""
+
+    def __init__(self, deferred: _Deferred, name: str) -> None:
+        self.deferred, self.name = deferred, name
+
+    def __call__(self, *args: object, **kwargs: object) -> Any:
+        raise self.deferred.refuse(self.name)
+
+
+def _refused_operator(name: str) -> Callable[..., Any]:
+    def operator(self: _Deferred, *args: object) -> Any:
+        raise self.refuse(name.strip("_"))
+
+    return operator
+
+
+# Python looks for operators in the class only. In place they would not change what other names stand for.
+_OPERATORS = (
+    "add sub matmul pow mod truediv radd rsub rmatmul rpow rtruediv iadd isub imul itruediv neg lt le gt ge setitem"
+)
+for _name in _OPERATORS.split():
+    setattr(_Deferred, f"__{_name}__", _refused_operator(_name))
+
+# What logits have in common with the hidden states.
+_AS_HIDDEN = frozenset(
+    ("device", "dim", "get_device", "is_cuda", "is_floating_point", "is_meta", "layout", "ndim", "requires_grad")
+)
 
 
 class _DeferredLogits(_Deferred):
     """Logits that are not computed."""
 
+    def at(self, hidden: Tensor) -> _DeferredLogits:
+        """The logits of other hidden states."""
+        return _DeferredLogits(hidden, self.head, self.dtype, self.steps, self.autocast, self.owner)
+
+    def then(self, dtype: torch.dtype, name: str, number: Any = 0.0) -> _DeferredLogits:
+        """These logits after one more step."""
+        steps = self.steps.then(name, number)
+        return _DeferredLogits(self.hidden, self.head, dtype, steps, self.autocast, self.owner)
+
+    def contiguous(self) -> _DeferredLogits:
+        return self
+
+    def reshape(self, *shape: Any) -> _DeferredLogits:
+        sizes = list(shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape)
+        vocabulary = self.head.out_features
+        if not sizes or isinstance(sizes[-1], torch.dtype) or sizes[-1] not in (-1, vocabulary):
+            raise self.refuse("reshape")
+        if sizes[-1] == -1 and self.numel() != math.prod(sizes[:-1]) * vocabulary:
+            raise self.refuse("reshape")
+        return self.at(self.hidden.reshape(*sizes[:-1], self.hidden.shape[-1]))
+
+    view = reshape
+
+    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> _DeferredLogits:
+        if end_dim % self.ndim == self.ndim - 1:
+            raise self.refuse("flatten")
+        return self.at(self.hidden.flatten(start_dim, end_dim))
+
+    def __getitem__(self, key: Any) -> _DeferredLogits:
+        """Slices of positions, such as `logits[..., :-1, :]`, by which older losses shift."""
+        parts = key if isinstance(key, tuple) else (key,)
+        slices = all(part is Ellipsis or isinstance(part, slice) for part in parts)
+        reaches_ids = len(parts) == self.ndim or (Ellipsis in parts and parts[-1] is not Ellipsis)
+        if not slices or len(parts) > self.ndim or (reaches_ids and parts[-1] != slice(None)):
+            raise self.refuse("__getitem__")
+        return self.at(self.hidden[key])
+
+    def float(self) -> _DeferredLogits:
+        return self.then(torch.float32, "float32")
+
+    def to(self, *args: Any, **kwargs: Any) -> _DeferredLogits:
+        """With a dtype, a device, or both; only the device on which they are."""
+        sample = torch.empty(0, dtype=self.dtype, device=self.device).to(*args, **kwargs)
+        if sample.device != self.device:
+            raise self.refuse("to")
+        return self.then(sample.dtype, str(sample.dtype).removeprefix("torch."))
+
+    def tanh(self) -> _DeferredLogits:
+        return self.then(self.dtype, "tanh")
+
+    def mul(self, number: Any) -> _DeferredLogits:
+        return self._by_number("mul", number)
+
+    def div(self, number: Any) -> _DeferredLogits:
+        return self._by_number("div", number)
+
+    __mul__ = __rmul__ = mul
+    __truediv__ = div
+
+    def _by_number(self, name: str, number: Any) -> _DeferredLogits:
+        if not (isinstance(number, (int, builtins.float)) or (type(number) is Tensor and not number.dim())):
+            raise self.refuse(name)
+        # A number of no dimension changes no dtype of a tensor of positions; logits are of floating point.
+        return self.then(self.dtype, name, number)
+
+    def cross_entropy(
+        self,
+        target: Tensor,
+        weight: Tensor | None = None,
+        size_average: None = None,
+        ignore_index: int = -100,
+        reduce: None = None,
+        reduction: str = "mean",
+        label_smoothing: builtins.float = 0.0,
+    ) -> Tensor:
+        usual = size_average is None and reduce is None and weight is None and reduction in ("mean", "sum")
+        if not usual or target.is_floating_point() or self.ndim != 2:
+            raise self.refuse("cross_entropy")
+        hidden, head, transform = self.in_rows()
+        options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+        with self.autocasting():
+            loss = linear_cross_entropy(hidden, head, target, reduction=reduction, transform=transform, **options)
+        # Under autocast F.cross_entropy returns float32.
+        return loss if torch.is_autocast_enabled(loss.device.type) else loss.to(self.dtype)
+
+    def log_softmax(self, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> _DeferredLogProbs:
+        if dim not in (-1, self.ndim - 1) or dtype is not None:
+            raise self.refuse("log_softmax")
+        return _DeferredLogProbs(self.hidden, self.head, self.dtype, self.steps, self.autocast, self.owner)
+
 
 class _DeferredLogProbs(_Deferred):
     """`factor * log_softmax(logits)`, for a label smoother: `gather`, and then `sum` over the vocabulary, work."""
 
-    factor: int
-    total: Tensor | None
+    factor = 1
+    total: Tensor | None = None
+
+    def neg(self) -> _DeferredLogProbs:
+        negative = _DeferredLogProbs(self.hidden, self.head, self.dtype, self.steps, self.autocast, self.owner)
+        negative.factor = -self.factor
+        return negative
+
+    __neg__ = neg
+
+    def gather(self, dim: int, index: Tensor) -> Tensor:
+        if dim not in (-1, self.ndim - 1) or index.shape != (*self.shape[:-1], 1):
+            raise self.refuse("gather")
+        hidden, head, transform = self.in_rows()
+        with self.autocasting():
+            picked, total = linear_log_probs(hidden, head, index.flatten(), transform=transform)
+        self.total = total.view(index.shape) * self.factor
+        return (picked.view(index.shape) * self.factor).to(self.dtype)
+
+    def sum(self, dim: int, keepdim: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+        if dim not in (-1, self.ndim - 1) or self.total is None:
+            raise self.refuse("sum")
+        total = self.total if keepdim else self.total.squeeze(-1)
+        return total.to(dtype or self.dtype)
 
 
-class _Chain:
-    """The steps between head and softmax, for one chunk of logits."""
-
-    def __init__(self, steps: Steps) -> None:
-        self.steps = steps
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        for step in self.steps:
-            logits = step(logits)
-        return logits
-
-
-def _in_float32(values: Tensor) -> Tensor:
-    return values.float()
-
-
-# Functions that need no values.
-_READS = {
-    torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point, torch.is_floating_point,
-    torch.Tensor.get_device, torch.Tensor.__len__,
-    *(
-        getattr(torch.Tensor, name).__get__
-        for name in ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "is_meta", "requires_grad")
-    ),
-}  # fmt: skip
-
-
-def _reshape(logits: _Deferred, *shape: Any) -> Any:
-    sizes = list(shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape)
-    if not sizes or not all(isinstance(size, int) for size in sizes):
-        return NotImplemented
-    if sizes[-1] == -1:
-        sizes[-1] = logits.numel() // max(1, torch.Size(sizes[:-1]).numel())
-    if sizes[-1] != logits.shape[-1]:
-        return NotImplemented
-    return logits.but(hidden=logits.hidden.reshape(*sizes[:-1], logits.hidden.shape[-1]))
-
-
-def _flatten(logits: _Deferred, start_dim: int = 0, end_dim: int = -1) -> Any:
-    if end_dim % logits.dim() == logits.dim() - 1:
-        return NotImplemented
-    return logits.but(hidden=logits.hidden.flatten(start_dim, end_dim))
-
-
-def _index(logits: _Deferred, key: Any) -> Any:
-    """Slices of positions, such as `logits[..., :-1, :]`, by which older losses shift."""
-    parts = key if isinstance(key, tuple) else (key,)
-    if not all(part is Ellipsis or isinstance(part, slice) for part in parts):
-        return NotImplemented
-    reaches_ids = len(parts) == logits.dim() or (Ellipsis in parts and parts[-1] is not Ellipsis)
-    if len(parts) > logits.dim() or (reaches_ids and parts[-1] != slice(None)):
-        return NotImplemented
-    return logits.but(hidden=logits.hidden[key])
-
-
-def _float(logits: _Deferred) -> Any:
-    return logits.but(dtype=torch.float32, steps=(*logits.steps, _in_float32))
-
-
-def _to(logits: _Deferred, *args: Any, **kwargs: Any) -> Any:
-    """`to` with a dtype, a device, or both; only the device on which they are."""
-    sample = torch.empty(0, dtype=logits.dtype, device=logits.device).to(*args, **kwargs)
-    if sample.device != logits.device:
-        return NotImplemented
-    return logits.but(dtype=sample.dtype, steps=(*logits.steps, _Step(torch.Tensor.to, (sample.dtype,))))
-
-
-class _Step:
-    """`function(values, *args)`."""
-
-    def __init__(self, function: Callable[..., Tensor], args: tuple[Any, ...]) -> None:
-        self.function, self.args = function, args
-
-    def __call__(self, values: Tensor) -> Tensor:
-        return self.function(values, *self.args)
-
-
-class _ByNumber:
-    """An elementwise operation on logits, with a number or without."""
-
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        self.function = function
-
-    def __call__(self, logits: Any, *args: Any) -> Any:
-        numbers = all(isinstance(arg, (int, float)) or (type(arg) is Tensor and not arg.dim()) for arg in args)
-        if not numbers or not isinstance(logits, _Deferred):
-            return NotImplemented
-        step = _Step(self.function, args)
-        dtype = step(torch.empty(1, dtype=logits.dtype, device=logits.device)).dtype
-        return logits.but(dtype=dtype, steps=(*logits.steps, step))
-
-
-def _cross_entropy(
-    input: Any,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: None = None,
-    ignore_index: int = -100,
-    reduce: None = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Any:
-    usual = size_average is None and reduce is None and weight is None and reduction in ("mean", "sum")
-    if not isinstance(input, _Deferred) or not usual or target.is_floating_point() or input.dim() != 2:
-        return NotImplemented
-    hidden, head, transform = input.in_rows()
-    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    with input.autocasting():
-        loss = linear_cross_entropy(hidden, head, target, reduction=reduction, transform=transform, **options)
-    # Under autocast F.cross_entropy returns float32.
-    return loss if torch.is_autocast_enabled(loss.device.type) else loss.to(input.dtype)
-
-
-def _log_softmax(logits: _Deferred, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
-    if dim not in (-1, logits.dim() - 1) or dtype is not None:
-        return NotImplemented
-    return logits.but(_DeferredLogProbs, factor=1, total=None)
-
-
-def _negative(log_probs: _DeferredLogProbs) -> Any:
-    return log_probs.but(factor=-log_probs.factor)
-
-
-def _gather(log_probs: _DeferredLogProbs, dim: int, index: Tensor) -> Any:
-    if dim not in (-1, log_probs.dim() - 1) or index.shape != (*log_probs.shape[:-1], 1):
-        return NotImplemented
-    hidden, head, transform = log_probs.in_rows()
-    with log_probs.autocasting():
-        picked, total = linear_log_probs(hidden, head, index.flatten(), transform=transform)
-    log_probs.total = total.view(index.shape) * log_probs.factor
-    return (picked.view(index.shape) * log_probs.factor).to(log_probs.dtype)
-
-
-def _sum(log_probs: _DeferredLogProbs, dim: int, keepdim: bool = False, dtype: torch.dtype | None = None) -> Any:
-    if dim not in (-1, log_probs.dim() - 1) or log_probs.total is None:
-        return NotImplemented
-    total = log_probs.total if keepdim else log_probs.total.squeeze(-1)
-    return total.to(dtype or log_probs.dtype)
-
-
-_HANDLERS: dict[type[_Deferred], dict[Any, Callable[..., Any]]] = {
-    _DeferredLogits: {
-        torch.Tensor.view: _reshape,
-        torch.Tensor.reshape: _reshape,
-        torch.Tensor.flatten: _flatten,
-        torch.Tensor.__getitem__: _index,
-        torch.Tensor.contiguous: lambda logits: logits,
-        torch.Tensor.float: _float,
-        torch.Tensor.to: _to,
-        torch.tanh: _ByNumber(torch.tanh),
-        torch.Tensor.tanh: _ByNumber(torch.tanh),
-        torch.Tensor.mul: _ByNumber(torch.mul),
-        torch.Tensor.__mul__: _ByNumber(torch.mul),
-        torch.Tensor.__rmul__: _ByNumber(torch.mul),
-        torch.Tensor.div: _ByNumber(torch.div),
-        torch.Tensor.__truediv__: _ByNumber(torch.div),
-        F.cross_entropy: _cross_entropy,
-        F.log_softmax: _log_softmax,
-    },
-    _DeferredLogProbs: {
-        torch.Tensor.neg: _negative,
-        torch.Tensor.__neg__: _negative,
-        torch.Tensor.gather: _gather,
-        torch.Tensor.sum: _sum,
-    },
+# The method for a function of torch; the compiler asks for operators by the methods of `torch.Tensor`, too.
+_METHODS: dict[Any, str] = {
+    F.cross_entropy: "cross_entropy",
+    F.log_softmax: "log_softmax",
+    torch.tanh: "tanh",
+    torch.mul: "mul",
+    torch.Tensor.mul: "mul",
+    torch.Tensor.__rmul__: "mul",
+    torch.div: "div",
+    torch.Tensor.div: "div",
+    torch.Tensor.neg: "neg",
+    torch.Tensor.__getitem__: "__getitem__",
 }

@@ -33,5 +33,5 @@ def test_script_prints_and_writes_everything(tmp_path):
     assert len(results) == 6
     for found in results:
         rows = {row["method"]: row for row in found["rows"]}
-        assert set(rows) == {"frozen limit", "split", "PEFT TrainableTokens", "mask", "full"}
+        assert {"frozen limit", "split", "PEFT TrainableTokens", "mask", "full"} <= set(rows)
         assert rows["split"]["MB allocated beyond"] < rows["PEFT TrainableTokens"]["MB allocated beyond"]

@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from allocations import Allocations
+from allocations import Allocations, peak_bytes
 from torch import nn
 
 from hf_partial_embed import PartialEmbeddingError, SplitEmbedding, SplitLinear
 from hf_partial_embed.modules import loss
-from hf_partial_embed.modules.loss import linear_cross_entropy, linear_log_probs
+from hf_partial_embed.modules.loss import Steps, linear_cross_entropy, linear_log_probs
 
 VOCABULARY, WIDTH, POSITIONS = 90, 16, 41
 IDS = {"appended": range(VOCABULARY - 6, VOCABULARY), "scattered": [7, 3, 50, 89]}
@@ -202,3 +202,53 @@ def test_bytes_held_at_once_do_not_grow_with_the_number_of_positions_times_the_v
             extra[positions, size] = len(big)
     # Two buffers of a chunk, whatever the number of chunks.
     assert set(extra.values()) == {2}, extra
+
+
+def compiled_loss(head, **options):
+    torch._dynamo.reset()
+    return torch.compile(
+        lambda hidden, target: linear_cross_entropy(hidden, head, target, **options),
+        backend="aot_eager", fullgraph=True, dynamic=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {
+            "label_smoothing": 0.1,
+            "z_loss": 1e-2,
+            "reduction": "sum",
+            "transform": Steps().then("div", 3.0).then("tanh"),
+        },
+    ],
+    ids=["plain", "all options"],
+)
+@pytest.mark.parametrize("where", IDS)
+def test_compiled_it_is_one_operator_with_the_same_bits(where, options):
+    head, rows = make_head(where, bias=True, dtype=torch.float32)
+    compiled = compiled_loss(head, **options)
+    for positions in (POSITIONS, 19):
+        hidden, target = batch(torch.float32, positions)
+        expected = gradients(linear_cross_entropy(hidden, head, target, **options), hidden, rows)
+        for value, other in zip(gradients(compiled(hidden, target), hidden, rows), expected, strict=True):
+            assert torch.equal(value, other)
+    target[0] = VOCABULARY
+    with pytest.raises(IndexError, match="90 is out of bounds"):
+        compiled(hidden, target)
+
+
+def test_compiled_its_peak_is_that_of_eager():
+    size = 4000
+    head, rows = make_head(dtype=torch.float32, size=size)
+    hidden, target = batch(torch.float32, 128, size)
+    compiled = compiled_loss(head)
+
+    def peak(function):
+        gradients(function(hidden, target), hidden, rows)
+        return peak_bytes(lambda: gradients(function(hidden, target), hidden, rows))
+
+    eager = peak(lambda hidden, target: linear_cross_entropy(hidden, head, target))
+    assert eager < 128 * size * 4
+    assert peak(compiled) <= eager + 1024

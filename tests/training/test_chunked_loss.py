@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo.testing
 from allocations import Allocations
 from conftest import MODELS, bpe_tokenizer, build_model, run_model
 from quick import quick
@@ -101,14 +102,36 @@ def test_a_tuple_has_no_logits():
     assert len(output) == 1 and output[0].dim() == 0
 
 
-def test_a_compiled_model_keeps_its_plain_loss():
-    model = build_model("llama")
+def step(model, partial, shape):
+    ids = torch.randint(0, 302, shape, generator=torch.Generator().manual_seed(shape[1]))
+    ids[0, :2] = torch.tensor(partial.token_ids)
+    labels = ids.clone()
+    labels[:, 1] = -100
+    output = model(input_ids=ids, labels=labels, use_cache=False)
+    return output, [output.loss.detach(), *torch.autograd.grad(output.loss, list(partial.parameters()))]
+
+
+@pytest.mark.parametrize("kind", ["llama", *DRESSED])
+def test_a_compiled_model_has_the_same_gradients_from_one_graph_for_all_batch_shapes(kind):
+    model = DRESSED[kind]() if kind in DRESSED else build_model(kind, 300)
     partial = with_tokens(model)
-    _, expected = gradients(model, partial)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    counts = []
     with ChunkedLoss(model):
-        _, values = gradients(torch.compile(model, backend="aot_eager"), partial)
-    for value, other in zip(values, expected, strict=True):
-        torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6)
+        for shape in ((2, 6), (3, 9), (5, 12)):
+            output, values = step(compiled, partial, shape)
+            assert output.logits is None
+            for value, other in zip(values, step(model, partial, shape)[1], strict=True):
+                assert torch.equal(value, other)
+            counts.append(counter.frame_count)
+    assert counts[0] == counts[-1] > 0
+    # Installing and removing it is seen by a model that is compiled already.
+    output, _ = step(compiled, partial, shape)
+    assert output.logits is not None
+    with ChunkedLoss(model):
+        assert step(compiled, partial, shape)[0].logits is None
 
 
 @pytest.mark.parametrize("leave", ["merge", "detach", "exit"])
