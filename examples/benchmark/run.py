@@ -25,7 +25,10 @@ from measure import machine
 from methods import Shape
 from tqdm import tqdm
 
-SECTIONS = ["training", "parts", "rows", "vocabulary", "loss", "prefix", "adding", "saving", "generating", "compiled"]
+SECTIONS = [
+    "training", "parts", "rows", "vocabulary", "loss", "prefix", "batches", "adding", "saving", "generating",
+    "compiled",
+]  # fmt: skip
 
 
 def shapes(section: str, on_gpu: bool, tokens: int) -> list[Shape]:
@@ -50,6 +53,8 @@ def shapes(section: str, on_gpu: bool, tokens: int) -> list[Shape]:
         return [Shape(151936, 896, tokens, 1)]
     if section == "parts":
         return [small, qwen]
+    if section == "batches":
+        return [Shape(1000, 16, tokens, 256, layers=1)]
     if section == "compiled":
         return [Shape(8192, 256, tokens, 64, layers=1)]
     return [Shape(49152, 576, tokens, positions, layers=2)]  # generating
@@ -58,7 +63,7 @@ def shapes(section: str, on_gpu: bool, tokens: int) -> list[Shape]:
 MEASURES = {
     "training": sections.training, "parts": sections.parts, "rows": sections.training, "vocabulary": sections.training,
     "loss": sections.loss, "adding": sections.adding, "saving": sections.saving, "generating": sections.generating,
-    "compiled": sections.compiled,
+    "compiled": sections.compiled, "batches": sections.batches,
 }  # fmt: skip
 
 

@@ -68,9 +68,7 @@ class PrefixCache:
         if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
             raise PartialEmbeddingError(f"max_bytes={max_bytes!r} must be a whole number of bytes, at least 1.")
         if folder is not None and not Path(folder).is_dir():
-            raise PartialEmbeddingError(
-                f"The folder {os.fspath(folder)!r} for a prefix cache does not exist. Make it."
-            )
+            raise PartialEmbeddingError(f"There is no folder {os.fspath(folder)!r} for a prefix cache. Make it.")
         self.max_bytes = max_bytes
         self.folder = folder
         self.clear()
@@ -192,7 +190,8 @@ class PrefixCache:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
-    return memoryview(tensor.detach().flatten().view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    numbers: Any = tensor.detach().flatten().view(torch.uint8).numpy()
+    return memoryview(numbers)
 
 
 def _size(number: float) -> str:

@@ -6,6 +6,7 @@ import copy
 import errno
 import functools
 import io
+import itertools
 import logging
 import re
 import tempfile
@@ -13,12 +14,13 @@ import tempfile
 import pytest
 import torch
 from conftest import bpe_tokenizer
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_prefix import OTHERS, SIZES, Lengths, gradients, prepare
 from torch import nn
-from trainings import Texts, rows_of, setup, train
-from transformers import LlamaConfig, LlamaForCausalLM
+from trainings import Texts, arguments, rows_of, setup, train
+from transformers import DataCollatorForLanguageModeling, LlamaConfig, LlamaForCausalLM, Trainer
 
 from hf_partial_embed import (
     ChunkedLoss,
@@ -378,3 +380,37 @@ def test_trainer_trains_the_same_rows_and_goes_on_after_a_resume(tmp_path, monke
         results[name] = rows_of(partial)
     for name in ("cache", "resumed"):
         check(results[name], results["plain"], rtol=1e-4, atol=1e-5)
+
+
+def test_batches_sorted_by_the_first_new_token_in_a_trainer(tmp_path):
+    """As the guide says: a column, and a collator that leaves it out. Each epoch has other batches."""
+    model, tokenizer, partial = setup()
+    new, generator = set(partial.token_ids), torch.Generator().manual_seed(0)
+    rows = torch.randint(4, 250, (64, 16), generator=generator)
+    for number, row in enumerate(rows):
+        row[number * 7 % 16 :: 3] = partial.token_ids[0]
+    data = Dataset.from_dict({"input_ids": rows.tolist()})
+
+    def place(row):
+        ids = row["input_ids"]
+        return {"length": next((place for place, token in enumerate(ids) if token in new), len(ids))}
+
+    collate, places = DataCollatorForLanguageModeling(tokenizer, mlm=False), []
+
+    def without_length(rows):
+        places.append([row["length"] for row in rows])
+        return collate([{"input_ids": row["input_ids"]} for row in rows])
+
+    options = {
+        "train_sampling_strategy": "group_by_length", "remove_unused_columns": False, "max_steps": 32,
+        "save_strategy": "no", "learning_rate": 1e-5, "logging_strategy": "no",
+    }  # fmt: skip
+    lengths = Lengths(model)
+    Trainer(
+        model=model, args=arguments(tmp_path, **options), train_dataset=data.map(place), data_collator=without_length,
+        callbacks=[PartialEmbeddingCallback(partial, frozen_prefix="cache", diagnostics=False)],
+    ).train()  # fmt: skip
+    first, second = places[:16], places[16:32]
+    assert sum(map(min, first)) > 0.7 * sum(sum(batch) / 4 for batch in first)  # shuffled: 0.35
+    assert first != second and sorted(itertools.chain(*first)) == sorted(itertools.chain(*second))
+    assert without_graph(lengths)
