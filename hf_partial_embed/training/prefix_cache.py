@@ -56,7 +56,7 @@ class PrefixCache:
 
     Args:
         max_bytes (`int`): the most that all entries may take. A position takes `layers × 2 × key-value heads ×
-            head size + hidden size` numbers: 48 kB in float32 for SmolLM2-135M, 133 kB in bfloat16 for Llama 3 8B.
+            head size + hidden size` numbers: 48 kB in float32 for SmolLM2-135M, 139 kB in bfloat16 for Llama 3 8B.
         folder (`str` or `os.PathLike`, *optional*): an existing folder on a disk with room for the entries; in
             memory if not given.
 
