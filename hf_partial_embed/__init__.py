@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .training.callback import PartialEmbeddingCallback
     from .training.chunked_loss import ChunkedLoss
     from .training.frozen_prefix import FrozenPrefix
+    from .training.prefix_cache import PrefixCache
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "PartialEmbedding",
     "PartialEmbeddingCallback",
     "PartialEmbeddingError",
+    "PrefixCache",
     "SplitEmbedding",
     "SplitLinear",
     "TokenRows",
@@ -62,6 +64,7 @@ __getattr__, __dir__ = lazy_names(
         "PartialEmbeddingCallback": "training.callback",
         "ChunkedLoss": "training.chunked_loss",
         "FrozenPrefix": "training.frozen_prefix",
+        "PrefixCache": "training.prefix_cache",
         "linear_cross_entropy": "modules.loss",
         "verify_checkpoint": "files.checkpoints",
         "word_forms": "tokens.spelling",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 
 
@@ -58,6 +59,30 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
         in_use += event.nbytes()
         peak = max(peak, in_use)
     return peak
+
+
+def multiplications(function: Callable[[], object]) -> int:
+    """Multiplications in all matrix products of one call, those of attention included.
+
+    A causal attention without a mask is half of the products of all pairs; the counter of torch does not know that,
+    nor the attention of a CPU.
+    """
+
+    def attention(query: Any, key: Any, value: Any, dropout: float = 0.0, causal: bool = False, **_: Any) -> int:
+        return sdpa_flop_count(query, key, value) // (2 if causal else 1)
+
+    def backward(
+        grad: Any, query: Any, key: Any, value: Any, out: Any, sums: Any, dropout: float, causal: bool, **_: Any
+    ) -> int:
+        return sdpa_backward_flop_count(grad, query, key, value) // (2 if causal else 1)
+
+    own = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=own) as counted:
+        function()
+    return counted.get_total_flops() // 2
 
 
 def kept_bytes(forward: Callable[[], Any], model: torch.nn.Module) -> int:

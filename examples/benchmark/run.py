@@ -27,7 +27,8 @@ from methods import Shape
 from tqdm import tqdm
 
 SECTIONS = [
-    "training", "parts", "rows", "vocabulary", "loss", "prefix", "adding", "many", "saving", "generating", "compiled"
+    "training", "parts", "rows", "vocabulary", "loss", "prefix", "batches", "adding", "many",
+    "saving", "generating", "compiled",
 ]  # fmt: skip
 LARGE = "large"  # tables of models with billions of parameters, for a GPU; not among the default ones
 
@@ -67,6 +68,8 @@ def shapes(section: str, on_gpu: bool, tokens: int, shrink: int = 1) -> list[Sha
         return [Shape(151936, 896, tokens, 1)]
     if section == "parts":
         return [small, qwen]
+    if section == "batches":
+        return [Shape(1000, 16, tokens, 256, layers=1)]
     if section == "compiled":
         return [Shape(8192, 256, tokens, 64, layers=1)]
     return [Shape(49152, 576, tokens, positions, layers=2)]  # generating
@@ -75,7 +78,8 @@ def shapes(section: str, on_gpu: bool, tokens: int, shrink: int = 1) -> list[Sha
 MEASURES = {
     "training": sections.training, "parts": sections.parts, "rows": sections.training, "vocabulary": sections.training,
     "loss": sections.loss, "adding": adding.few, "many": adding.many, "saving": sections.saving,
-    "generating": sections.generating, "compiled": sections.compiled, LARGE: sections.large,
+    "generating": sections.generating, "compiled": sections.compiled,
+    "batches": sections.batches, LARGE: sections.large,
 }  # fmt: skip
 
 

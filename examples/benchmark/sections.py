@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import tempfile
 import time
@@ -12,12 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import allocated_bytes, kept_bytes, peak_bytes, time_ratios
+from measure import allocated_bytes, kept_bytes, multiplications, peak_bytes, time_ratios
 from methods import COUNTED, FROZEN, METHODS, Prepared, Shape, build, new_tokens, prepare, saved_bytes
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.data import RandomSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from hf_partial_embed import ChunkedLoss, FrozenPrefix, SplitLinear, add_tokens, linear_cross_entropy
+from hf_partial_embed import ChunkedLoss, FrozenPrefix, PrefixCache, SplitLinear, add_tokens, linear_cross_entropy
 
 Rows = list[dict[str, Any]]
 
@@ -37,12 +39,6 @@ def large(shape: Shape, device: torch.device, repetitions: int) -> Rows:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return training(shape, device, repetitions, save=False)
-
-
-def _flops(function: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
 
 
 def _needed_by_rows(
@@ -107,7 +103,7 @@ def training(shape: Shape, device: torch.device, repetitions: int, *, save: bool
         row["MB allocated"] = allocated_bytes(passes[method]) / 1e6
         row["peak MB"] = peak_bytes(passes[method], device) / 1e6
         row["peak MB of a step"] = peak_bytes(steps[method], device) / 1e6
-        row["GFLOP"] = _flops(passes[method]) / 1e9
+        row["GFLOP"] = 2 * multiplications(passes[method]) / 1e9
     limit = rows[0]["MB allocated"]
     pass_times = time_ratios(passes, repetitions, device, FROZEN)
     step_times = time_ratios(steps, repetitions, device, FROZEN)
@@ -207,46 +203,108 @@ def loss(shape: Shape, device: torch.device, repetitions: int) -> Rows:
 
 
 def prefix(model: Any, tokenizer: Any, positions: int, device: torch.device, repetitions: int) -> Rows:
-    """A real model with the first new token at half of its positions: with and without a graph before it."""
+    """A real model with the first new token at half of its positions: with and without a graph before it, and kept."""
     partial = add_tokens(model.requires_grad_(False), tokenizer, [f"<new{number}>" for number in range(100)])
     model.train()
     torch.manual_seed(0)
     ids = torch.randint(10, partial.token_ids[0], (1, positions), device=device)
     new = ids[0, positions // 2 :: 16]
     new.copy_(torch.randint(partial.token_ids[0], partial.token_ids[-1] + 1, new.shape))
-    rows = list(partial.parameters())
-    additions: dict[str, list[Any]] = {
-        "split": [],
-        "frozen prefix": [FrozenPrefix(model)],
-        "chunked loss": [ChunkedLoss(model)],
-        "both": [FrozenPrefix(model), ChunkedLoss(model)],
+    keeping, kept = copy.deepcopy((model, partial))  # a model of its own, since what is kept goes with the addition
+    cache = PrefixCache()
+    additions: dict[str, tuple[Any, Any, list[Any]]] = {
+        "split": (model, partial, []),
+        "frozen prefix": (model, partial, [FrozenPrefix(model)]),
+        "chunked loss": (model, partial, [ChunkedLoss(model)]),
+        "both": (model, partial, [FrozenPrefix(model), ChunkedLoss(model)]),
+        "kept prefix": (keeping, kept, []),
+        "kept prefix, chunked loss": (keeping, kept, [ChunkedLoss(keeping)]),
     }
 
     @contextlib.contextmanager
-    def on(name: str) -> Iterator[None]:
+    def on(name: str) -> Iterator[Any]:
         with contextlib.ExitStack() as stack:
-            for addition in additions[name]:
+            for addition in additions[name][2]:
                 stack.enter_context(addition)
-            yield
+            yield additions[name][0]
 
     def gradients(name: str) -> list[torch.Tensor]:
-        with on(name):
-            return list(torch.autograd.grad(model(input_ids=ids, labels=ids).loss, rows))
+        with on(name) as own:
+            loss = own(input_ids=ids, labels=ids).loss
+            return list(torch.autograd.grad(loss, list(additions[name][1].parameters())))
 
-    expected, table = gradients("split"), []
-    for name in additions:
-        own = gradients(name)
-        error = max(float((a - b).norm() / b.norm()) for a, b in zip(own, expected, strict=True))
-        with on(name):
-            kept = kept_bytes(lambda: model(input_ids=ids, labels=ids).loss, model)
-        table.append({"way": name, "activation MB": kept / 1e6, "gradient, relative difference": error})
-    ways = {name: (lambda name=name: gradients(name)) for name in additions}
-    times = time_ratios(ways, repetitions, device, "split")
-    for row in table:
-        row["step"] = times[row["way"]]["ratio"]
-        row["activation memory"] = row["activation MB"] / table[0]["activation MB"]
+    def backward(name: str) -> None:  # the counter cannot see through torch.autograd.grad
+        with on(name) as own:
+            own(input_ids=ids, labels=ids).loss.backward()
+        for parameter in additions[name][1].parameters():
+            parameter.grad = None
+
+    with FrozenPrefix(keeping, cache):
+        gradients("kept prefix")  # the first epoch
+        expected, table = gradients("split"), []
+        for name in additions:
+            gradients_here = gradients(name)
+            error = max(float((a - b).norm() / b.norm()) for a, b in zip(gradients_here, expected, strict=True))
+            with on(name) as own:
+                kept_here = kept_bytes(lambda own=own: own(input_ids=ids, labels=ids).loss, own)
+            table.append({
+                "way": name, "activation MB": kept_here / 1e6, "gradient, relative difference": error,
+                "multiplications": multiplications(partial_call(backward, name)),
+            })  # fmt: skip
+        ways = {name: (lambda name=name: gradients(name)) for name in additions}
+        times = time_ratios(ways, repetitions, device, "split")
+        plain = dict(table[0])
+        for row in table:
+            row["step"] = times[row["way"]]["ratio"]
+            row["activation memory"] = row["activation MB"] / plain["activation MB"]
+            row["multiplications"] /= plain["multiplications"]
+            row["cache MB"] = cache.bytes / 1e6 if row["way"].startswith("kept") else 0.0
     partial.detach()
     return table
+
+
+def batches(shape: Shape, device: torch.device, repetitions: int) -> Rows:
+    """How many positions run through the layers, by how texts are put together to batches.
+
+    Texts of equal length, in which the first new token is anywhere, and a quarter without one.
+    """
+    model, tokenizer = build(shape, device)
+    partial = add_tokens(model, tokenizer, new_tokens(shape))
+    torch.manual_seed(0)
+    texts = torch.randint(0, shape.vocabulary, (512, shape.positions), device=device)
+    first = torch.randint(0, shape.positions * 4 // 3, (len(texts),)).clamp(max=shape.positions)
+    for row, place in zip(texts, first.tolist(), strict=True):
+        row[place::8] = partial.token_ids[0]
+    size = 8
+    samplers: dict[str, Any] = {
+        "shuffled": RandomSampler(range(len(texts))),
+        "sorted by the first new token": LengthGroupedSampler(size, lengths=first.tolist()),
+    }
+    forward = {True: 0, False: 0}  # positions, by whether there is a graph
+
+    def count(module: nn.Module, args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        forward[hidden.requires_grad] += hidden.shape[0] * hidden.shape[1]
+
+    handle = model.model.layers[0].register_forward_hook(count)
+    rows: Rows = []
+    for name, sampler in samplers.items():
+        for kept in (False, True):
+            with FrozenPrefix(model, PrefixCache() if kept else None):
+                model(input_ids=texts[:size])  # tried out here, if it is not
+                for epoch in (1, 2):
+                    forward.update({True: 0, False: 0})
+                    for chosen in torch.tensor(list(sampler)).split(size):
+                        model(input_ids=texts[chosen])
+                    if kept or epoch == 1:
+                        rows.append({
+                            "batches": name,
+                            "prefix": f"kept, epoch {epoch}" if kept else "each time",
+                            "forward": sum(forward.values()) / texts.numel(),
+                            "backward": forward[True] / texts.numel(),
+                        })  # fmt: skip
+    handle.remove()
+    return rows
 
 
 @torch.no_grad()

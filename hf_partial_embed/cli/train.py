@@ -81,6 +81,10 @@ def add_train(command: AddCommand) -> None:
     made.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
     made.add_argument("--chunked-loss", action="store_true", help="never hold all logits in training")
     made.add_argument("--frozen-prefix", action="store_true", help="no graph for what comes before a new token")
+    made.add_argument(
+        "--prefix-cache", type=positive, metavar="GB",
+        help="with --frozen-prefix: keep keys and values of it on disk for the next epochs, at most GB gigabytes",
+    )  # fmt: skip
     made.add_argument("--save-steps", default=200, help="steps between checkpoints (default: 200)", **whole)
     made.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUT.training")
     made.add_argument(
@@ -160,6 +164,8 @@ def _check(options: argparse.Namespace) -> None:
         raise PartialEmbeddingError("--special is for markers that are given in TOKENS; chosen tokens are words.")
     if options.frozen_prefix and options.body != "frozen":
         raise PartialEmbeddingError(f"--frozen-prefix needs a frozen body, not --body {options.body}.")
+    if options.prefix_cache and not options.frozen_prefix:
+        raise PartialEmbeddingError("--prefix-cache is for the keys and values of --frozen-prefix. Give that, too.")
     if options.body_learning_rate is not None and options.body == "frozen":
         raise PartialEmbeddingError("--body-learning-rate needs --body lora or full; a frozen body has none.")
     need("accelerate", "train", "train")
@@ -225,6 +231,7 @@ def _run(
 
     from ..training.callback import PartialEmbeddingCallback
     from ..training.optimizers import auto_learning_rate
+    from ..training.prefix_cache import PrefixCache
 
     set_seed(options.seed)
     tokenizer = partial.tokenizer
@@ -251,11 +258,12 @@ def _run(
         disable_tqdm=options.quiet,
         dataloader_pin_memory=torch.cuda.is_available(),  # it warns where there is nothing to pin for
     )
+    cache = PrefixCache(max(1, int(options.prefix_cache * 1e9)), work) if options.prefix_cache else None
     callback = PartialEmbeddingCallback(
         partial,
         learning_rate=rate,
         chunked_loss=options.chunked_loss,
-        frozen_prefix=options.frozen_prefix,
+        frozen_prefix=options.frozen_prefix if cache is None else cache,
     )
     trainer = Trainer(
         model=model,

@@ -27,6 +27,7 @@ from .optimizers import (
     flattened_groups,
     take_from_optimizer,
 )
+from .prefix_cache import PrefixCache
 from .resume import check_tokens, checkpoint_folder, note_tokens, restore_from_files, rounded_rows, rows_file
 from .rollouts import RolloutWeights
 from .watch import RowWatch
@@ -61,8 +62,9 @@ class PartialEmbeddingCallback(TrainerCallback):
         chunked_loss (`bool`): whether to compute the loss of training steps in chunks of positions, so that
             neither all logits nor a gradient of the table's size exist; see `ChunkedLoss`. The same gradients, in
             less memory. Evaluation has its logits as always.
-        frozen_prefix (`bool`): whether to build no graph for what comes before the first new token of a batch, where
-            all but the rows is frozen; see `FrozenPrefix`. The same gradients, in less time and memory.
+        frozen_prefix (`bool`, `"cache"` or `PrefixCache`): whether to build no graph for what comes before the first
+            new token of a batch, where all but the rows is frozen; see `FrozenPrefix`. The same gradients, in less
+            time and memory. With `"cache"`, a `PrefixCache()`, it is not even computed from the second epoch on.
 
     Raises:
         `PartialEmbeddingError`: a negative rate or decay; a model that cannot have a chunked loss, or that has no
@@ -81,7 +83,7 @@ class PartialEmbeddingCallback(TrainerCallback):
         save_rows: bool = True,
         diagnostics: bool = True,
         chunked_loss: bool = False,
-        frozen_prefix: bool = False,
+        frozen_prefix: bool | Literal["cache"] | PrefixCache = False,
     ) -> None:
         self.partials = [partial] if isinstance(partial, PartialEmbedding) else list(partial)
         for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
@@ -94,7 +96,9 @@ class PartialEmbeddingCallback(TrainerCallback):
         self.save_rows = save_rows
         self.diagnostics = [RowDiagnostics(partial) for partial in self.partials] if diagnostics else []
         self.chunked_loss = chunked_loss
-        self.frozen_prefix = frozen_prefix
+        if not isinstance(frozen_prefix, (bool, PrefixCache)) and frozen_prefix != "cache":
+            raise PartialEmbeddingError(f"frozen_prefix={frozen_prefix!r} must be a bool, 'cache' or a PrefixCache.")
+        self.frozen_prefix = PrefixCache() if frozen_prefix == "cache" else frozen_prefix
         self._additions = self._make_additions()
         self._watch: RowWatch | None = None
         self._steps: OwnGroup | None = None
@@ -123,8 +127,9 @@ class PartialEmbeddingCallback(TrainerCallback):
         additions: list[Addition] = [RolloutWeights(self.partials[0].model)]
         if self.chunked_loss:
             additions.append(ChunkedLoss(self.partials[0].model, keep_logits=smoothing))
-        if self.frozen_prefix:
-            additions.append(FrozenPrefix(self.partials[0].model))
+        if self.frozen_prefix is not False:
+            cache = self.frozen_prefix if isinstance(self.frozen_prefix, PrefixCache) else None
+            additions.append(FrozenPrefix(self.partials[0].model, cache))
         return additions
 
     def on_train_begin(

@@ -144,6 +144,7 @@ def test_interrupted_run_is_not_overwritten_unasked(place, capsys):
         (["--count", 3], "not both"),
         (["--init", "nonsense"], "no initialiser"),
         (["--frozen-prefix", "--body", "full"], "needs a frozen body"),
+        (["--prefix-cache", "1"], "Give that, too"),
         (["--body-learning-rate", "1"], "a frozen body has none"),
     ],
 )
