@@ -72,6 +72,11 @@ def add_train(command: AddCommand) -> None:
     made.add_argument("--batch-size", default=8, help="texts in a step (default: 8)", **whole)
     made.add_argument("--max-length", default=512, help="longer texts are cut in parts (default: 512)", **whole)
     made.add_argument(
+        "--elsewhere", metavar="FILE",
+        help="texts in which the tokens do not belong, as DATA; with a frozen body (default: those of DATA that have "
+        "none of them)",
+    )  # fmt: skip
+    made.add_argument(
         "--body", choices=("frozen", "lora", "full"), default="frozen",
         help="what becomes of the other weights: nothing, LoRA on all linear layers, or all train (default: frozen)",
     )  # fmt: skip
@@ -94,6 +99,7 @@ def _train(options: argparse.Namespace) -> int:
     _check(options)
     tokens = None if options.count else read_tokens(Path(options.tokens))
     data = read_data(options.data, split=options.split, column=options.column)
+    elsewhere = options.elsewhere and read_data(options.elsewhere, split=options.split, column=options.column)
     work = Path(f"{options.out.rstrip('/')}.training")
     held = open_work(work, options)
 
@@ -123,7 +129,8 @@ def _train(options: argparse.Namespace) -> int:
         partial, distilled = add_tokens(model, tokenizer, tokens, special=options.special), held["distilled"]
     write_work(work, options, tokens=list(tokens) if options.count else None, distilled=distilled)
     wrapped = _with_body(partial, options)
-    history = _run(wrapped, partial, training, data.conversations, checkpoint, distilled, work, options)
+    given = elsewhere.rendered(tokenizer) if elsewhere else []
+    history = _run(wrapped, partial, training, given, data.conversations, checkpoint, distilled, work, options)
     if options.body == "lora":
         wrapped.merge_and_unload()
     report = _measure(partial, held_out, options)
@@ -160,6 +167,8 @@ def _check(options: argparse.Namespace) -> None:
         raise PartialEmbeddingError("--special is for markers that are given in TOKENS; chosen tokens are words.")
     if options.frozen_prefix and options.body != "frozen":
         raise PartialEmbeddingError(f"--frozen-prefix needs a frozen body, not --body {options.body}.")
+    if options.elsewhere and options.body != "frozen":
+        raise PartialEmbeddingError(f"--elsewhere needs a frozen body, not --body {options.body}.")
     if options.body_learning_rate is not None and options.body == "frozen":
         raise PartialEmbeddingError("--body-learning-rate needs --body lora or full; a frozen body has none.")
     need("accelerate", "train", "train")
@@ -213,8 +222,8 @@ def _with_body(partial: PartialEmbedding, options: argparse.Namespace) -> Any:
 
 
 def _run(
-    model: Any, partial: PartialEmbedding, texts: list[str], rendered: bool, checkpoint: str | None, distilled: bool,
-    work: Path, options: argparse.Namespace,
+    model: Any, partial: PartialEmbedding, texts: list[str], elsewhere: list[str], rendered: bool,
+    checkpoint: str | None, distilled: bool, work: Path, options: argparse.Namespace,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Train; gives what was logged."""
     if options.steps == 0:
@@ -223,7 +232,6 @@ def _run(
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments, set_seed
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    from ..training.callback import PartialEmbeddingCallback
     from ..training.optimizers import auto_learning_rate
 
     set_seed(options.seed)
@@ -251,12 +259,7 @@ def _run(
         disable_tqdm=options.quiet,
         dataloader_pin_memory=torch.cuda.is_available(),  # it warns where there is nothing to pin for
     )
-    callback = PartialEmbeddingCallback(
-        partial,
-        learning_rate=rate,
-        chunked_loss=options.chunked_loss,
-        frozen_prefix=options.frozen_prefix,
-    )
+    callback, texts = _callback(partial, rate, texts, elsewhere, options)
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -270,6 +273,42 @@ def _run(
         trainer.add_callback(_progress_bar(ProgressCallback))
     trainer.train(resume_from_checkpoint=checkpoint)
     return list(trainer.state.log_history)
+
+
+def _callback(
+    partial: PartialEmbedding, rate: float, texts: list[str], elsewhere: list[str], options: argparse.Namespace
+) -> tuple[Any, list[str]]:
+    """The callback, and the texts to train on.
+
+    With a frozen body the rows learn nothing of texts without new tokens but where these do not belong, so such texts
+    are not trained on, but run once.
+    """
+    from ..training.callback import PartialEmbeddingCallback
+
+    made = functools.partial(
+        PartialEmbeddingCallback, partial, learning_rate=rate, chunked_loss=options.chunked_loss,
+        frozen_prefix=options.frozen_prefix,
+    )  # fmt: skip
+    if options.body != "frozen":
+        return made(), texts
+    new = set(partial.token_ids)
+    read = partial.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    without = [text for text, ids in zip(texts, read, strict=True) if new.isdisjoint(ids)]
+    if not elsewhere and not without:
+        logger.warning(
+            "Each text of DATA has a new token, so nothing shows where they do not belong. --elsewhere FILE with some "
+            "dozens of other texts would."
+        )
+        return made(), texts
+    try:
+        callback = made(elsewhere=elsewhere or without)
+    except PartialEmbeddingError as error:
+        if elsewhere:
+            raise
+        logger.warning("The texts of DATA without new tokens are trained on like the others: %s", error)
+        return made(), texts
+    left_out = set(without)
+    return callback, [text for text in texts if text not in left_out] or texts
 
 
 def _progress_bar(kind: Any) -> Any:
