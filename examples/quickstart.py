@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     # The space belongs to the token, as to the tokenizer's own words.
     tokens = [AddedToken(name, normalized=False) for name in names]
-    partial = add_tokens(model, tokenizer, tokens, init=Distill(texts=texts, per_token=2), seed=args.seed)
+    partial = add_tokens(model, tokenizer, tokens, init=Distill(texts=texts), seed=args.seed)
     print(f"{partial}\n[{time.perf_counter() - started:.0f} s]")
     read = tokenizer(texts)
     trainer = Trainer(
