@@ -88,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the demo; returns the figures that it prints."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=-1, help="training steps of 8 texts (default: three epochs, 57)")
-    parser.add_argument("--learning-rate", type=float, default=0.002, help="of the new rows (default: 0.002)")
+    parser.add_argument("--steps", type=int, default=-1, help="training steps of 8 texts (default: two epochs, 38)")
+    parser.add_argument("--learning-rate", type=float, default=0.001, help="of the new rows (default: 0.001)")
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"), help="rows, merged model, picture")
     parser.add_argument("--cache", type=Path, default=Path("outputs/smollm2"), help="the converted base model")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the texts (default: 0)")
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            str(args.output / "trainer"), num_train_epochs=3, max_steps=args.steps, learning_rate=args.learning_rate,
+            str(args.output / "trainer"), num_train_epochs=2, max_steps=args.steps, learning_rate=args.learning_rate,
             warmup_steps=0.1, lr_scheduler_type="cosine", per_device_train_batch_size=8,
             train_sampling_strategy="group_by_length", seed=args.seed, logging_steps=10, save_strategy="no",
             report_to=[], disable_tqdm=True, dataloader_pin_memory=False,

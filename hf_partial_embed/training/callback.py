@@ -38,9 +38,6 @@ __all__ = ["PartialEmbeddingCallback"]
 
 logger = logging.getLogger(__name__)
 
-# Rate of the step that all rows take together, in units of the rows' own.
-_SHARED_STEP = 2.0
-
 
 class PartialEmbeddingCallback(TrainerCallback):
     """Takes care of token rows while a `Trainer` runs.
@@ -176,7 +173,7 @@ class PartialEmbeddingCallback(TrainerCallback):
         if self._elsewhere is not None:
             if flattened is not None:
                 raise PartialEmbeddingError("elsewhere=... needs whole rows, but DeepSpeed has flattened them.")
-            shared = SharedStep(optimizer, self.partials, _SHARED_STEP)
+            shared = SharedStep(optimizer, self.partials, steps.top_rate)
             self._elsewhere.start()
             held_down = [
                 optimizer.register_step_pre_hook(self._elsewhere.before_step),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -130,6 +130,11 @@ class OwnGroup:
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.top_rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+        rows_in = [any(self._is_own(n, p) for p in group["params"]) for n, group in enumerate(optimizer.param_groups)]
+        # The rows' rate at the top of the schedule.
+        self.top_rate = (
+            self.top_rates[rows_in.index(True)] if learning_rate is None and any(rows_in) else learning_rate
+        )
         self.saved: list[dict[str, Any]] | None = None
         self.optimizer = optimizer
         self.taken = 0
@@ -219,30 +224,32 @@ def take_from_optimizer(partial: PartialEmbedding, optimizer: Any) -> bool:
 
 _SHARED = "hf_partial_embed_shared"
 _FIRST, _SECOND, _TINY = 0.9, 0.999, 1e-8
+_MOST_SHARED = 10.0
 
 
 class SharedStep:
     """Moves all rows of a table together, beside the step that each takes by itself.
 
     As if each row were its own part plus one part that all of them share, `w_k + u`: the gradient of `u` is the sum
-    of the rows' gradients, and `u` takes Adam's step with it, at `factor` times the rows' learning rate. A row
-    alone sees the few texts that have its token, and learns what these happen to say; what all of the texts have in
-    common is in the sum, where the rest averages out. The rows stay one parameter, and nothing else of the model
-    changes.
+    of the rows' gradients, and `u` takes Adam's step with it, at ten times the rows' own rate, but at most at that of
+    `auto_learning_rate`. A row alone sees the few texts that have its token, and learns what these happen to say; what
+    all of the texts have in common is in the sum, where the rest averages out. The rows stay one parameter, and
+    nothing else of the model changes.
 
     Its moments are kept in the optimizer's state, so that checkpoints have them.
 
     Args:
         optimizer: the one that steps on them.
         partials: the rows.
-        factor: of the learning rate.
+        top_rate: the rows' own rate at the top of their schedule; at 0 nothing moves.
 
     Raises:
-        `PartialEmbeddingError`: the rows are sharded.
+        `PartialEmbeddingError`: the rows are sharded, or the old ones all zero.
     """
 
-    def __init__(self, optimizer: Any, partials: Iterable[PartialEmbedding], factor: float) -> None:
-        self.optimizer, self.factor = optimizer, factor
+    def __init__(self, optimizer: Any, partials: Sequence[PartialEmbedding], top_rate: float | None) -> None:
+        self.optimizer = optimizer
+        self.factor = min(_MOST_SHARED, auto_learning_rate(partials[0]) / top_rate) if top_rate else 0.0
         self.tables: list[tuple[nn.Parameter, int, list[int] | None]] = []
         for partial in partials:
             for table in partial.trained_tables().values():

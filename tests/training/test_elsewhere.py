@@ -12,7 +12,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, Trainer
 from hf_partial_embed import PartialEmbeddingCallback, PartialEmbeddingError
 from hf_partial_embed.evaluation.leak import leak
 from hf_partial_embed.training.elsewhere import Elsewhere
-from hf_partial_embed.training.optimizers import SharedStep
+from hf_partial_embed.training.optimizers import SharedStep, auto_learning_rate
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -96,9 +96,9 @@ def test_step_is_adams_with_own_and_shared_parts_as_parameters(strategy):
     at = partial.token_ids if strategy == "mask" else list(range(len(TOKENS)))
     target = torch.randn(len(TOKENS), parameter.shape[1], generator=torch.Generator().manual_seed(0))
     own, shared = parameter.detach()[at].requires_grad_(True), torch.zeros(1, parameter.shape[1], requires_grad=True)
-    expected = torch.optim.Adam([{"params": [own]}, {"params": [shared], "lr": 0.025}], lr=0.01)
+    expected = torch.optim.Adam([{"params": [own]}, {"params": [shared], "lr": auto_learning_rate(partial)}], lr=0.01)
     made = torch.optim.Adam([parameter], lr=0.01)
-    made.register_step_post_hook(SharedStep(made, [partial], 2.5))
+    made.register_step_post_hook(SharedStep(made, [partial], top_rate=0.01))
     for _ in range(20):
         for optimizer, value in ((expected, lambda: own + shared), (made, lambda: parameter[at])):
             optimizer.zero_grad()
