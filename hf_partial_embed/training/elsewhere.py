@@ -15,7 +15,7 @@ from ..initializers.head import logit_shape
 from ..initializers.running import undisturbed
 from ..layout.tables import Table
 from ..modules.sharding import is_dtensor
-from ..tokens.vocabulary import settings_kept
+from ..tokens.backend import settings_kept
 
 __all__ = ["WEIGHT", "Elsewhere"]
 
@@ -115,7 +115,7 @@ class Elsewhere:
             runner = HeadStates(self.model)
             for first in range(0, len(self.windows), 8):
                 found = torch.cat(runner.states(self.windows[first : first + 8]))
-                for part in found.split(runner.positions_at_once):
+                for part in torch.split(found, runner.positions_at_once):
                     logits = runner.logits(part)
                     logits[:, self._new] = -torch.inf
                     states.append(part.float())
