@@ -88,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the demo; returns the figures that it prints."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=70, help="training steps of 8 texts (default: 70)")
-    parser.add_argument("--learning-rate", type=float, default=0.002, help="of the new rows (default: 0.002)")
+    parser.add_argument("--steps", type=int, default=-1, help="training steps of 8 texts (default: two epochs, 38)")
+    parser.add_argument("--learning-rate", type=float, default=0.001, help="of the new rows (default: 0.001)")
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"), help="rows, merged model, picture")
     parser.add_argument("--cache", type=Path, default=Path("outputs/smollm2"), help="the converted base model")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the texts (default: 0)")
@@ -107,20 +107,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     # The space belongs to the token, as to the tokenizer's own words.
     tokens = [AddedToken(name, normalized=False) for name in names]
-    partial = add_tokens(model, tokenizer, tokens, init=Distill(texts=texts, per_token=2), seed=args.seed)
+    partial = add_tokens(model, tokenizer, tokens, init=Distill(texts=texts), seed=args.seed)
     print(f"{partial}\n[{time.perf_counter() - started:.0f} s]")
-    read = tokenizer(texts + others[::2], truncation=True, max_length=64)
+    read = tokenizer(texts)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            str(args.output / "trainer"), max_steps=args.steps, learning_rate=args.learning_rate, warmup_steps=0.1,
-            lr_scheduler_type="cosine", per_device_train_batch_size=8, train_sampling_strategy="group_by_length",
-            seed=args.seed, logging_steps=10, save_strategy="no", report_to=[], disable_tqdm=True,
-            dataloader_pin_memory=False,
+            str(args.output / "trainer"), num_train_epochs=2, max_steps=args.steps, learning_rate=args.learning_rate,
+            warmup_steps=0.1, lr_scheduler_type="cosine", per_device_train_batch_size=8,
+            train_sampling_strategy="group_by_length", seed=args.seed, logging_steps=10, save_strategy="no",
+            report_to=[], disable_tqdm=True, dataloader_pin_memory=False,
         ),
         train_dataset=[{"input_ids": ids} for ids in read["input_ids"]],
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        callbacks=[PartialEmbeddingCallback(partial, learning_rate=args.learning_rate)],
+        callbacks=[PartialEmbeddingCallback(partial, learning_rate=args.learning_rate, elsewhere=others[::2])],
     )  # fmt: skip
     trainer.train()
     partial.verify()  # raises if one bit of the frozen rows has changed

@@ -187,19 +187,21 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         out = args.output or Path(name)
         size = write_base(out / "base", args.size)
         print(f"base: {size / 1e9:.2f} GB in bfloat16")
+        print("\n| stage | moment | seconds | peak GB | of the model | |\n| --- | --- | ---: | ---: | ---: | --- |")
         lines: list[dict[str, Any]] = []
         for stage in STAGES:
             command = [sys.executable, __file__, "--stage", stage, "--output", str(out), "--size", args.size]
             command += ["--steps", str(args.steps), "--positions", str(args.positions)]
             command += ["--offload"] if args.offload else []
             result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            lines += [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"stage"')]
-        print("\n| stage | moment | seconds | peak GB | of the model | |\n| --- | --- | ---: | ---: | ---: | --- |")
-        for line in lines:
-            print(
-                f"| {line['stage']} | {line['moment']} | {line['seconds']:.0f} | {line['peak'] / 1e9:.2f} | "
-                f"{line['peak'] / size:.2f} | {line['said']} |"
-            )
+            found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"stage"')]
+            for line in found:
+                print(
+                    f"| {line['stage']} | {line['moment']} | {line['seconds']:.0f} | {line['peak'] / 1e9:.2f} | "
+                    f"{line['peak'] / size:.2f} | {line['said']} |",
+                    flush=True,
+                )
+            lines += found
     return lines
 
 

@@ -25,8 +25,8 @@ __all__ = ["add_train"]
 logger = logging.getLogger(__name__)
 
 # Of the rate that rows at the mean of their pieces train at: distilled ones have less way to go, and forget the texts
-# less that were not trained on. SmolLM2-135M, element names: 0.002 for 0.0095.
-_AFTER_DISTILLATION = 0.2
+# less that were not trained on. SmolLM2-135M, element names: 0.001 for 0.0095.
+_AFTER_DISTILLATION = 0.1
 
 
 def add_train(command: AddCommand) -> None:
@@ -67,10 +67,15 @@ def add_train(command: AddCommand) -> None:
     made.add_argument("--epochs", type=positive, default=3.0, metavar="X", help="times through DATA (default: 3)")
     made.add_argument(
         "--learning-rate", type=learning_rate, default="auto", metavar="X",
-        help="of the rows; auto goes with the size of the old rows, a fifth of it after distillation (default: auto)",
+        help="of the rows; auto goes with the size of the old rows, a tenth of it after distillation (default: auto)",
     )  # fmt: skip
     made.add_argument("--batch-size", default=8, help="texts in a step (default: 8)", **whole)
     made.add_argument("--max-length", default=512, help="longer texts are cut in parts (default: 512)", **whole)
+    made.add_argument(
+        "--elsewhere", metavar="FILE",
+        help="texts in which the tokens do not belong, as DATA; with a frozen body (default: those of DATA that have "
+        "none of them)",
+    )  # fmt: skip
     made.add_argument(
         "--body", choices=("frozen", "lora", "full"), default="frozen",
         help="what becomes of the other weights: nothing, LoRA on all linear layers, or all train (default: frozen)",
@@ -98,6 +103,7 @@ def _train(options: argparse.Namespace) -> int:
     _check(options)
     tokens = None if options.count else read_tokens(Path(options.tokens))
     data = read_data(options.data, split=options.split, column=options.column)
+    elsewhere = options.elsewhere and read_data(options.elsewhere, split=options.split, column=options.column)
     work = Path(f"{options.out.rstrip('/')}.training")
     held = open_work(work, options)
 
@@ -127,7 +133,8 @@ def _train(options: argparse.Namespace) -> int:
         partial, distilled = add_tokens(model, tokenizer, tokens, special=options.special), held["distilled"]
     write_work(work, options, tokens=list(tokens) if options.count else None, distilled=distilled)
     wrapped = _with_body(partial, options)
-    history = _run(wrapped, partial, training, data.conversations, checkpoint, distilled, work, options)
+    given = elsewhere.rendered(tokenizer) if elsewhere else []
+    history = _run(wrapped, partial, training, given, data.conversations, checkpoint, distilled, work, options)
     if options.body == "lora":
         wrapped.merge_and_unload()
     report = _measure(partial, held_out, options)
@@ -166,6 +173,8 @@ def _check(options: argparse.Namespace) -> None:
         raise PartialEmbeddingError(f"--frozen-prefix needs a frozen body, not --body {options.body}.")
     if options.prefix_cache and not options.frozen_prefix:
         raise PartialEmbeddingError("--prefix-cache is for the keys and values of --frozen-prefix. Give that, too.")
+    if options.elsewhere and options.body != "frozen":
+        raise PartialEmbeddingError(f"--elsewhere needs a frozen body, not --body {options.body}.")
     if options.body_learning_rate is not None and options.body == "frozen":
         raise PartialEmbeddingError("--body-learning-rate needs --body lora or full; a frozen body has none.")
     need("accelerate", "train", "train")
@@ -219,8 +228,8 @@ def _with_body(partial: PartialEmbedding, options: argparse.Namespace) -> Any:
 
 
 def _run(
-    model: Any, partial: PartialEmbedding, texts: list[str], rendered: bool, checkpoint: str | None, distilled: bool,
-    work: Path, options: argparse.Namespace,
+    model: Any, partial: PartialEmbedding, texts: list[str], elsewhere: list[str], rendered: bool,
+    checkpoint: str | None, distilled: bool, work: Path, options: argparse.Namespace,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Train; gives what was logged."""
     if options.steps == 0:
@@ -229,9 +238,7 @@ def _run(
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments, set_seed
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    from ..training.callback import PartialEmbeddingCallback
     from ..training.optimizers import auto_learning_rate
-    from ..training.prefix_cache import PrefixCache
 
     set_seed(options.seed)
     tokenizer = partial.tokenizer
@@ -258,13 +265,7 @@ def _run(
         disable_tqdm=options.quiet,
         dataloader_pin_memory=torch.cuda.is_available(),  # it warns where there is nothing to pin for
     )
-    cache = PrefixCache(max(1, int(options.prefix_cache * 1e9)), work) if options.prefix_cache else None
-    callback = PartialEmbeddingCallback(
-        partial,
-        learning_rate=rate,
-        chunked_loss=options.chunked_loss,
-        frozen_prefix=options.frozen_prefix if cache is None else cache,
-    )
+    callback, texts = _callback(partial, rate, texts, elsewhere, work, options)
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -278,6 +279,49 @@ def _run(
         trainer.add_callback(_progress_bar(ProgressCallback))
     trainer.train(resume_from_checkpoint=checkpoint)
     return list(trainer.state.log_history)
+
+
+def _callback(
+    partial: PartialEmbedding,
+    rate: float,
+    texts: list[str],
+    elsewhere: list[str],
+    work: Path,
+    options: argparse.Namespace,
+) -> tuple[Any, list[str]]:
+    """The callback, and the texts to train on.
+
+    With a frozen body the rows learn nothing of texts without new tokens but where these do not belong, so such texts
+    are not trained on, but run once.
+    """
+    from ..training.callback import PartialEmbeddingCallback
+    from ..training.prefix_cache import PrefixCache
+
+    cache = PrefixCache(max(1, int(options.prefix_cache * 1e9)), work) if options.prefix_cache else None
+    made = functools.partial(
+        PartialEmbeddingCallback, partial, learning_rate=rate, chunked_loss=options.chunked_loss,
+        frozen_prefix=options.frozen_prefix if cache is None else cache,
+    )  # fmt: skip
+    if options.body != "frozen":
+        return made(), texts
+    new = set(partial.token_ids)
+    read = partial.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    without = [text for text, ids in zip(texts, read, strict=True) if new.isdisjoint(ids)]
+    if not elsewhere and not without:
+        logger.warning(
+            "Each text of DATA has a new token, so nothing shows where they do not belong. --elsewhere FILE with some "
+            "dozens of other texts would."
+        )
+        return made(), texts
+    try:
+        callback = made(elsewhere=elsewhere or without)
+    except PartialEmbeddingError as error:
+        if elsewhere:
+            raise
+        logger.warning("The texts of DATA without new tokens are trained on like the others: %s", error)
+        return made(), texts
+    left_out = set(without)
+    return callback, [text for text in texts if text not in left_out] or texts
 
 
 def _progress_bar(kind: Any) -> Any:

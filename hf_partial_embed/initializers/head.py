@@ -15,7 +15,7 @@ from .registry import InitRequest, register
 from .running import Runner, undisturbed
 from .snippets import PROMPTS, Snippet, keep_unseen, snippets_of, texts_for
 
-__all__ = ["FREQUENCY", "CachedHead", "CachedStates", "new_bias"]
+__all__ = ["FREQUENCY", "CachedHead", "CachedStates", "logit_shape", "new_bias"]
 
 # Default frequency of a new token among the tokens of running text: ten times that of an average token of a
 # vocabulary of 50,000. On SmolLM2 it keeps the leak in snippets from texts of the same kind below 1%; at five times
@@ -127,7 +127,7 @@ class CachedStates:
             batch = ordered[first : first + batch_size]
             hidden, raw, logits = runner.head([snippet.original for snippet in batch])
             if not first:
-                self.shape = _logit_shape(model, raw, logits)
+                self.shape = logit_shape(model, raw, logits)
             for row, snippet in enumerate(batch):
                 last = len(snippet.original) - 1
                 kept = [i for i in range(last) if not snippet.start <= i < snippet.end]
@@ -155,7 +155,7 @@ def new_bias(request: InitRequest) -> Tensor | None:
     return None if bias is None else subtoken_mean(replace(request, table=bias.detach(), role="bias")).double()
 
 
-def _logit_shape(model: Any, raw: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor]:
+def logit_shape(model: Any, raw: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor]:
     """The function from the head's output to the model's logits: a multiple, or a soft cap."""
     raw, logits = raw.float(), logits.float()
     tolerance = 0.02 * logits.abs().max().item()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +17,12 @@ from ..errors import FrozenRowsChangedError, PartialEmbeddingError
 from ..modules.mask import unwrap_optimizer
 from .chunked_loss import ChunkedLoss
 from .diagnostics import RowDiagnostics
+from .elsewhere import Elsewhere
 from .frozen_prefix import FrozenPrefix
 from .optimizers import (
     ExactRows,
     OwnGroup,
+    SharedStep,
     auto_learning_rate,
     check_in_optimizer,
     check_steps,
@@ -65,12 +67,17 @@ class PartialEmbeddingCallback(TrainerCallback):
         frozen_prefix (`bool`, `"cache"` or `PrefixCache`): whether to build no graph for what comes before the first
             new token of a batch, where all but the rows is frozen; see `FrozenPrefix`. The same gradients, in less
             time and memory. With `"cache"`, a `PrefixCache()`, it is not even computed from the second epoch on.
+        elsewhere (`Sequence[str]`, *optional*): texts in which the new tokens do not belong, a few dozen; they are run
+            once. What the tokens cost there is held down, see `Elsewhere`, and the rows then learn more of what their
+            own texts have in common, by a step that all of them take together, see `SharedStep`. For a causal model
+            of which nothing but the rows trains.
 
     Raises:
-        `PartialEmbeddingError`: a negative rate or decay; a model that cannot have a chunked loss, or that has no
-            split input embeddings for a frozen prefix; when training begins, rows that are not in the optimizer, an
-            optimizer that updates parameters elsewhere than in its `step`, or a checkpoint to resume from whose rows
-            are those of other tokens, or of the same ones in another order.
+        `PartialEmbeddingError`: a negative rate or decay; a model that cannot have a chunked loss, that has no
+            split input embeddings for a frozen prefix, or that cannot use texts `elsewhere`, or none of these without
+            a new token; when training begins, something else that trains beside `elsewhere`, rows that are not in the
+            optimizer, an optimizer that updates parameters elsewhere than in its `step`, or a checkpoint to resume
+            from whose rows are those of other tokens, or of the same ones in another order.
     """
 
     def __init__(
@@ -84,6 +91,7 @@ class PartialEmbeddingCallback(TrainerCallback):
         diagnostics: bool = True,
         chunked_loss: bool = False,
         frozen_prefix: bool | Literal["cache"] | PrefixCache = False,
+        elsewhere: Sequence[str] | None = None,
     ) -> None:
         self.partials = [partial] if isinstance(partial, PartialEmbedding) else list(partial)
         for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
@@ -99,6 +107,7 @@ class PartialEmbeddingCallback(TrainerCallback):
         if not isinstance(frozen_prefix, (bool, PrefixCache)) and frozen_prefix != "cache":
             raise PartialEmbeddingError(f"frozen_prefix={frozen_prefix!r} must be a bool, 'cache' or a PrefixCache.")
         self.frozen_prefix = PrefixCache() if frozen_prefix == "cache" else frozen_prefix
+        self._elsewhere = None if elsewhere is None else Elsewhere(self.partials, elsewhere)
         self._additions = self._make_additions()
         self._watch: RowWatch | None = None
         self._steps: OwnGroup | None = None
@@ -163,7 +172,18 @@ class PartialEmbeddingCallback(TrainerCallback):
             logger.info("Learning rate of the token rows: %.3g.", rate)
         self._watch = RowWatch(self.partials)
         steps = self._steps = OwnGroup(optimizer, parameters, rate, self.weight_decay, flattened)
+        held_down = []
+        if self._elsewhere is not None:
+            if flattened is not None:
+                raise PartialEmbeddingError("elsewhere=... needs whole rows, but DeepSpeed has flattened them.")
+            shared = SharedStep(optimizer, self.partials, steps.top_rate)
+            self._elsewhere.start()
+            held_down = [
+                optimizer.register_step_pre_hook(self._elsewhere.before_step),
+                optimizer.register_step_post_hook(shared),  # while the rows have their own learning rate
+            ]
         self._hooks = [
+            *held_down,
             optimizer.register_step_pre_hook(steps.before),
             optimizer.register_step_post_hook(steps.after),
             optimizer.register_state_dict_post_hook(ExactRows(exact).store),
@@ -242,6 +262,8 @@ class PartialEmbeddingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._remove_hooks()
+        if self._elsewhere is not None:
+            self._elsewhere.stop()
         for diagnostics in self.diagnostics:
             diagnostics.stop()
         if self._watch is not None:

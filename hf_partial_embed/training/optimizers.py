@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..modules.sharding import from_any_process, is_dtensor
 __all__ = [
     "ExactRows",
     "OwnGroup",
+    "SharedStep",
     "auto_learning_rate",
     "check_in_optimizer",
     "check_steps",
@@ -128,6 +130,11 @@ class OwnGroup:
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.top_rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+        rows_in = [any(self._is_own(n, p) for p in group["params"]) for n, group in enumerate(optimizer.param_groups)]
+        # The rows' rate at the top of the schedule.
+        self.top_rate = (
+            self.top_rates[rows_in.index(True)] if learning_rate is None and any(rows_in) else learning_rate
+        )
         self.saved: list[dict[str, Any]] | None = None
         self.optimizer = optimizer
         self.taken = 0
@@ -213,6 +220,67 @@ def take_from_optimizer(partial: PartialEmbedding, optimizer: Any) -> bool:
             parameter.copy_(rows)
         found = found or rows is not None
     return found
+
+
+_SHARED = "hf_partial_embed_shared"
+_FIRST, _SECOND, _TINY = 0.9, 0.999, 1e-8
+_MOST_SHARED = 10.0
+
+
+class SharedStep:
+    """Moves all rows of a table together, beside the step that each takes by itself.
+
+    As if each row were its own part plus one part that all of them share, `w_k + u`: the gradient of `u` is the sum
+    of the rows' gradients, and `u` takes Adam's step with it, at ten times the rows' own rate, but at most at that of
+    `auto_learning_rate`. A row alone sees the few texts that have its token, and learns what these happen to say; what
+    all of the texts have in common is in the sum, where the rest averages out. The rows stay one parameter, and
+    nothing else of the model changes.
+
+    Its moments are kept in the optimizer's state, so that checkpoints have them.
+
+    Args:
+        optimizer: the one that steps on them.
+        partials: the rows.
+        top_rate: the rows' own rate at the top of their schedule; at 0 nothing moves.
+
+    Raises:
+        `PartialEmbeddingError`: the rows are sharded, or the old ones all zero.
+    """
+
+    def __init__(self, optimizer: Any, partials: Sequence[PartialEmbedding], top_rate: float | None) -> None:
+        self.optimizer = optimizer
+        self.factor = min(_MOST_SHARED, auto_learning_rate(partials[0]) / top_rate) if top_rate else 0.0
+        self.tables: list[tuple[nn.Parameter, int, list[int] | None]] = []
+        for partial in partials:
+            for table in partial.trained_tables().values():
+                parameter = partial.parameter_of(table)
+                if is_dtensor(parameter):
+                    raise PartialEmbeddingError("elsewhere=... needs whole rows, but they are sharded. Leave it out.")
+                masked = partial.strategy == "mask"
+                if parameter.dim() > 1:
+                    self.tables.append((parameter, table.dim if masked else 0, partial.token_ids if masked else None))
+
+    @torch.no_grad()
+    def __call__(self, optimizer: Any, *_: object) -> None:
+        rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+        for parameter, dim, ids in self.tables:
+            if parameter.grad is None or not parameter.requires_grad:
+                continue
+            gradients = parameter.grad.movedim(dim, 0)
+            gradient = (gradients if ids is None else gradients[ids]).float().sum(0)
+            # The moments of a constant one beside those of the gradient are what divides their bias out.
+            extended = torch.cat([gradient.flatten(), gradient.new_ones(1)])
+            held = self.optimizer.state[parameter].setdefault(_SHARED, parameter.new_zeros(2, len(extended)))
+            for moment, value, decay in ((held[0], extended, _FIRST), (held[1], extended.square(), _SECOND)):
+                moment.copy_(moment.float().lerp(value, 1 - decay))
+            first, second = (moment[:-1].float() / moment[-1].float() for moment in held)
+            step = self.factor * rates[id(parameter)] * first / (second.sqrt() + _TINY)
+            step = step.view_as(gradient).to(parameter.dtype)
+            rows = parameter.movedim(dim, 0)
+            if ids is None:
+                rows.sub_(step)
+            else:
+                rows[ids] = rows[ids] - step
 
 
 # The learning rate, as a share of the old rows' root mean square, at the top of the schedule.

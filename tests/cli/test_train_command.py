@@ -10,7 +10,7 @@ from conftest import CORPUS, bpe_tokenizer, build_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-from hf_partial_embed import TokenRows, load_tokens, verify_checkpoint
+from hf_partial_embed import PartialEmbeddingCallback, TokenRows, load_tokens, verify_checkpoint
 from hf_partial_embed.cli import train
 from hf_partial_embed.cli.data import read_data, split
 from hf_partial_embed.cli.main import main
@@ -76,7 +76,27 @@ def test_held_out_texts_are_measured_and_not_trained_on(place, monkeypatch):
     )
     assert run(place, "--steps", 1, "--held-out", 0.25, "--init", "subtoken_mean") == 0
     report = json.loads((place / "out" / "report.json").read_text())
-    assert report["texts"] == 9 and len(set(seen["train"])) == len(set(TEXTS)) - 9
+    assert report["texts"] == 9 and set(seen["train"]) < set(TEXTS) and len(seen["train"]) >= len(set(TEXTS)) - 9 - 4
+
+
+def test_texts_without_the_tokens_show_where_they_do_not_belong(place, monkeypatch, caplog):
+    seen = []
+
+    class Callback(PartialEmbeddingCallback):
+        def __init__(self, partial, *, elsewhere=None, **options):
+            seen.append(elsewhere)
+            super().__init__(partial, elsewhere=elsewhere, **options)
+
+    monkeypatch.setattr("hf_partial_embed.training.callback.PartialEmbeddingCallback", Callback)
+    quick = ["--steps", 1, "--held-out", 0, "--init", "subtoken_mean", "--force"]
+    assert run(place, *quick) == 0
+    assert len(seen[-1]) >= 2 and not any(token in text for token in TOKENS for text in seen[-1])
+    (place / "other.txt").write_text("Something else.\nAnd more.\n")
+    assert run(place, *quick, "--elsewhere", place / "other.txt") == 0
+    assert seen[-1] == ["Something else.", "And more."]
+    (place / "data.txt").write_text("".join(f"{text}\n" for text in TEXTS if text[0].isdigit()))
+    assert run(place, *quick) == 0
+    assert seen[-1] is None and "--elsewhere FILE" in caplog.text
 
 
 def test_tokens_chosen_from_the_data(place):
