@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from ..errors import PartialEmbeddingError
+from .finished import FinishedRows, digest_of
 from .head import FREQUENCY, CachedHead, CachedStates, new_bias
+from .matching import Lesson, can_reuse, fit, trimmed
 from .pieces import subtoken_mean
 from .registry import InitRequest, register
 from .running import Runner, decoder_layers, undisturbed
-from .snippets import PROMPTS, Snippet, keep_unseen, snippets_of, texts_for
+from .snippets import PROMPTS, Snippet, snippets_of, texts_for
 from .table_statistics import root_mean_square
 
 __all__ = ["Distill"]
 
-# Passes over the snippets, unless `steps` says otherwise.
-_EPOCHS = 6
+_STEPS = 30  # for each token, unless `steps` says otherwise
+_FOLLOWING = 16  # ids behind a token whose states are matched
+_GROUP = 64  # tokens whose states are kept at once
+_SAMPLE = 64  # snippets all of whose positions tell where a token is not to be predicted
+_HEAD = 12  # weight of the output's loss beside that of one snippet, at `head_weight=1`
+_VERSION = 1  # of the computation, for rows that an interrupted run has left
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,7 @@ class Distill:
     head_weight: float = 0.3
     frequency: float = FREQUENCY
     prompts: Sequence[str] = PROMPTS
+    resume: str | os.PathLike[str] | None = None
 
     def __call__(self, request: InitRequest) -> Tensor:
         if request.role == "output":
@@ -95,92 +104,102 @@ class Distill:
         start = subtoken_mean(request)
         if request.role != "input":
             return start
-        layer = self._layer(request)
+        layers, depth = self._layers(request)
         texts = texts_for(request, self.texts, prompts=self.prompts, per_token=self.per_token, length=self.context)
-        snippets = snippets_of(request, texts, context=self.context, limit=self.per_token)
-        # Snippets of similar lengths together need little padding.
-        snippets.sort(key=lambda snippet: len(snippet.original))
-        with undisturbed(request.model):
-            runner = Runner(request.model, request.table)
-            with torch.no_grad():
-                targets = [
-                    states
-                    for first in range(0, len(snippets), self.batch_size)
-                    for states in _matched(runner, layer, snippets[first : first + self.batch_size])
-                ]
-            cached = None
-            if request.shared and self.head_weight:
-                cached = CachedStates(request.model, snippets, self.batch_size, self.frequency)
-            rows = self._fit(request, runner, layer, snippets, targets, start, cached)
-            rows = keep_unseen(rows, start, snippets)
+        found = snippets_of(request, texts, context=self.context, limit=self.per_token)
+        snippets: dict[int, list[Snippet]] = {}
+        for snippet in found:
+            snippets.setdefault(snippet.token, []).append(trimmed(snippet, _FOLLOWING))
+        turns = self._turns(request, snippets)
+        tokens = sorted(snippets)
+        groups = [tokens[first : first + _GROUP] for first in range(0, len(tokens), _GROUP)]
+        rows = start.clone()
+        with undisturbed(request.model), tqdm(total=len(tokens), desc="distilling", unit=" tokens", delay=1) as bar:
+            finished = None
+            if self.resume is not None:
+                finished = FinishedRows(self.resume, self._key(request, start, snippets, turns))
+            matching = None
+            for number, group in enumerate(groups):
+                made = None if finished is None else finished.get(number)
+                if made is None:
+                    if matching is None:
+                        matching = _Matching(self, request, layers[depth - 1], depth, [*chain(*snippets.values())])
+                    made = matching.rows(group, start[group], snippets, turns)
+                    if finished is not None:
+                        finished.put(number, made)
+                rows[group] = made.to(rows)
+                bar.update(len(group))
         return request.keep_norms(rows)
 
-    def _layer(self, request: InitRequest) -> nn.Module:
+    def _turns(self, request: InitRequest, snippets: Mapping[int, Sequence[Snippet]]) -> list[int]:
+        """Which of its snippets each token has in each step; all of them before one comes again."""
+        steps = _STEPS if self.steps is None else self.steps
+        most = max(map(len, snippets.values()), default=1)
+        order: list[int] = []
+        while len(order) < steps:
+            order += torch.randperm(most, generator=request.generator).tolist()
+        return order[:steps]
+
+    def _key(
+        self, request: InitRequest, start: Tensor, snippets: Mapping[int, Sequence[Snippet]], turns: Sequence[int]
+    ) -> str:
+        """Of all that the rows depend on; how they are computed in this release is a part of it."""
+        settings = (_VERSION, self.layer, self.learning_rate, self.batch_size, self.head_weight, self.frequency)
+        return digest_of([settings, tuple(request.tokens), turns, start, request.table, request.model,
+                          sorted(snippets.items())])  # fmt: skip
+
+    def _layers(self, request: InitRequest) -> tuple[list[nn.Module], int]:
         layers = decoder_layers(request.model)
         number = max(1, round(len(layers) / 4)) if self.layer is None else self.layer
         if not 1 <= number <= len(layers):
             raise PartialEmbeddingError(
                 f"Distill(layer={self.layer}): {type(request.model).__name__} has layers 1 to {len(layers)}."
             )
-        return layers[number - 1]
+        return layers, number
 
-    def _fit(
-        self,
-        request: InitRequest,
-        runner: Runner,
-        layer: nn.Module,
-        snippets: list[Snippet],
-        targets: list[Tensor],
-        start: Tensor,
-        cached: CachedStates | None,
+
+class _Matching:
+    """Fits the rows of one group after another.
+
+    Args:
+        options: of the initialiser.
+        request: for the input table.
+        layer: whose output is matched.
+        depth: its number.
+        snippets: all of them.
+    """
+
+    def __init__(
+        self, options: Distill, request: InitRequest, layer: nn.Module, depth: int, snippets: list[Snippet]
+    ) -> None:
+        self.options, self.layer, self.depth = options, layer, depth
+        self.runner = Runner(request.model, request.table)
+        self.reuse = can_reuse(self.runner, layer, snippets[0])
+        self.rate = options.learning_rate * root_mean_square(request.table, request.trained_rows)
+        self.cached, self.bias = None, None
+        if request.shared and options.head_weight:
+            sample = snippets[:: max(1, len(snippets) // _SAMPLE)][:_SAMPLE]
+            self.cached = CachedStates.of(request.model, sample, options.batch_size, options.frequency)
+            self.bias = new_bias(request)
+
+    def rows(
+        self, group: list[int], start: Tensor, snippets: Mapping[int, list[Snippet]], turns: Sequence[int]
     ) -> Tensor:
-        size = min(self.batch_size, len(snippets))
-        steps = math.ceil(_EPOCHS * len(snippets) / size) if self.steps is None else self.steps
-        top_rate = self.learning_rate * root_mean_square(request.table, request.trained_rows)
-        rows = start.clone().requires_grad_(True)
-        optimizer = torch.optim.Adam([rows], lr=top_rate, betas=(0.9, 0.99))
-        bias = None if cached is None else new_bias(request)
-        batches = _batches(len(snippets), size, request.generator)
-        for step in range(steps):
-            optimizer.param_groups[0]["lr"] = top_rate * (1 + math.cos(math.pi * step / steps)) / 2
-            batch = next(batches)
-            with torch.enable_grad():
-                states = _matched(runner, layer, [snippets[index] for index in batch], rows)
-                losses = [
-                    (state - targets[index]).square().sum(-1) / targets[index].square().sum(-1).mean()
-                    for index, state in zip(batch, states, strict=True)
-                ]
-                loss = torch.cat(losses).mean()
-                if cached is not None:
-                    loss = loss + self.head_weight * cached.loss(rows.double(), bias)
-                (rows.grad,) = torch.autograd.grad(loss, [rows])
-            optimizer.step()
-        return rows.detach()
+        options = self.options
+        lesson = Lesson(self.runner, self.layer, self.depth, [snippets[token] for token in group],
+                        options.batch_size, self.reuse, head=self.cached is not None)  # fmt: skip
+        cached, bias = None, None
+        if self.cached is not None:
+            cached = self.cached.of_group(group).with_more(lesson.states, lesson.sums, lesson.labels)
+            bias = None if self.bias is None else self.bias[group]
 
+        def loss(rows: Tensor, turn: int) -> Iterator[Tensor]:
+            for part in lesson.turns[turn % len(lesson.turns)]:
+                yield part.loss(self.runner, self.layer, rows)
+            if cached is not None:
+                yield _HEAD * options.head_weight * cached.loss(rows.double(), bias)
 
-def _matched(runner: Runner, layer: nn.Module, batch: Sequence[Snippet], rows: Tensor | None = None) -> list[Tensor]:
-    """Hidden states of each snippet from the new token on; without rows, from the token's last piece on."""
-    if rows is None:
-        hidden = runner.until(layer, [snippet.original for snippet in batch])
-        firsts = [snippet.end for snippet in batch]
-    else:
-        places = [(snippet.start, snippet.token) for snippet in batch]
-        hidden = runner.until(layer, [snippet.shortened for snippet in batch], rows, places)
-        firsts = [snippet.start for snippet in batch]
-    return [
-        states[first : first + 1 + snippet.following].float()
-        for states, first, snippet in zip(hidden, firsts, batch, strict=True)
-    ]
-
-
-def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Endless batches of indices, in a new random order in each epoch."""
-    order: list[int] = []
-    while True:
-        if len(order) < size:
-            order += torch.randperm(count, generator=generator).tolist()
-        yield order[:size]
-        order = order[size:]
+        return fit(loss, start, turns, self.rate)
 
 
 register("distill")(Distill())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class CachedHead:
         texts = texts_for(request, self.texts, prompts=self.prompts, per_token=self.per_token, length=self.context)
         snippets = snippets_of(request, texts, context=self.context, limit=self.per_token)
         with undisturbed(request.model):
-            cached = CachedStates(request.model, snippets, self.batch_size, self.frequency)
+            cached = CachedStates.of(request.model, snippets, self.batch_size, self.frequency)
         return keep_unseen(self._fit(start.double(), cached, new_bias(request)).float(), start, snippets)
 
     def _fit(self, start: Tensor, cached: CachedStates, bias: Tensor | None) -> Tensor:
@@ -107,37 +108,65 @@ class CachedHead:
         return rows.detach()
 
 
+@dataclass(frozen=True)
 class CachedStates:
-    """What the loss of new head rows depends on, of a model run over snippets.
+    """What the loss of new head rows depends on, of a model run over texts.
 
     Attributes:
         states (`torch.Tensor` of shape `(N, d)`): what the head is given, in float64.
         sums (`torch.Tensor` of shape `(N,)`): log-sum-exp of the old logits.
         labels (`torch.Tensor` of shape `(N,)`): which new token follows, -1 where none does.
-        weights (`torch.Tensor` of shape `(N,)`): of each position in the loss. They sum to one over the positions that
-            an old token follows, and to `frequency` over those that one new token follows.
+        shape: from the head's output to the model's logits.
+        frequency: of each new token.
     """
 
+    states: Tensor
+    sums: Tensor
+    labels: Tensor
+    shape: Callable[[Tensor], Tensor]
+    frequency: float
+
+    @classmethod
     @torch.no_grad()
-    def __init__(self, model: Any, snippets: Sequence[Snippet], batch_size: int, frequency: float) -> None:
+    def of(cls, model: Any, snippets: Sequence[Snippet], batch_size: int, frequency: float) -> CachedStates:
+        """All positions of snippets in the original tokenisation, but those between a token's pieces."""
         runner = Runner(model)
         ordered = sorted(snippets, key=lambda snippet: len(snippet.original))
         states, sums, labels = [], [], []
         for first in range(0, len(ordered), batch_size):
             batch = ordered[first : first + batch_size]
-            hidden, raw, logits = runner.head([snippet.original for snippet in batch])
+            kept = [[i for i in range(len(s.original) - 1) if not s.start <= i < s.end] for s in batch]
+            hidden, raw, logits = runner.head([snippet.original for snippet in batch], kept)
             if not first:
-                self.shape = _logit_shape(model, raw, logits)
-            for row, snippet in enumerate(batch):
-                last = len(snippet.original) - 1
-                kept = [i for i in range(last) if not snippet.start <= i < snippet.end]
-                states.append(hidden[row, kept].double())
-                sums.append(logits[row, kept].float().logsumexp(-1).double())
-                labels += [snippet.token if i == snippet.start - 1 else -1 for i in kept]
-        self.states, self.sums = torch.cat(states), torch.cat(sums)
-        self.labels = torch.tensor(labels, device=self.states.device)
+                shape = _logit_shape(model, raw, logits)
+            states.append(hidden.double())
+            sums.append(logits.float().logsumexp(-1).double())
+            for snippet, positions in zip(batch, kept, strict=True):
+                labels += [snippet.token if i == snippet.start - 1 else -1 for i in positions]
+        joined = torch.cat(states)
+        return cls(joined, torch.cat(sums), torch.tensor(labels, device=joined.device), shape, frequency)
+
+    def of_group(self, group: Sequence[int]) -> CachedStates:
+        """The same with labels in a group of the tokens; the other tokens are left in their pieces."""
+        places = {token: place for place, token in enumerate(group)}
+        labels = [places.get(label, -1) for label in self.labels.tolist()]
+        return replace(self, labels=torch.tensor(labels, device=self.labels.device))
+
+    def with_more(self, states: Tensor, sums: Tensor, labels: Tensor) -> CachedStates:
+        return replace(
+            self,
+            states=torch.cat([self.states, states.to(self.states)]),
+            sums=torch.cat([self.sums, sums.to(self.sums)]),
+            labels=torch.cat([self.labels, labels.to(self.labels)]),
+        )
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """Of each position in the loss, `[N]`. They sum to one over the positions that an old token follows, and to
+        `frequency` over those that one new token follows.
+        """
         alike = torch.bincount(self.labels + 1)[self.labels + 1]
-        self.weights = torch.where(self.labels < 0, 1.0, frequency).double() / alike
+        return torch.where(self.labels < 0, 1.0, self.frequency).double() / alike
 
     def loss(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         """Weighted cross-entropy over the positions, up to a constant that does not depend on the rows."""

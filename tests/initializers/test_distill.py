@@ -245,7 +245,7 @@ class TestCachedHead:
     def test_cached_loss_is_that_of_the_model_with_every_token_as_frequent_as_said(self, kind, frequency):
         model, tokenizer = lively(kind, tied=False), bpe_tokenizer()
         snippets = snippets_of(request_of(model, tokenizer), TEXTS, context=16, limit=8)
-        cached = CachedStates(model, snippets, 3, frequency)
+        cached = CachedStates.of(model, snippets, 3, frequency)
         partial = add_tokens(model, tokenizer, TOKENS)
         rows = partial.token_rows()
         bias = None if rows.output_bias is None else rows.output_bias.double()
@@ -275,7 +275,7 @@ class TestCachedHead:
         found = partial.token_rows().output_rows.double()
         partial.detach()
         snippets = snippets_of(request_of(model, tokenizer), TEXTS, context=16, limit=8)
-        cached = CachedStates(model, snippets, 12, init.frequency)
+        cached = CachedStates.of(model, snippets, 12, init.frequency)
         penalty = init.penalty * cached.states.square().mean()
         objective = lambda rows: (cached.loss(rows, None) + penalty * (rows - start).square().sum() / 2).item()  # noqa: E731
         assert objective(found) < objective(start)
