@@ -24,7 +24,7 @@ from .table_statistics import root_mean_square
 __all__ = ["Distill"]
 
 _STEPS = 30  # for each token, unless `steps` says otherwise
-_FOLLOWING = 16  # ids behind a token whose states are matched
+_FOLLOWING = 8  # ids behind a token whose states are matched
 _GROUP = 64  # tokens whose states are kept at once
 _SAMPLE = 64  # snippets all of whose positions tell where a token is not to be predicted
 _HEAD = 12  # weight of the output's loss beside that of one snippet, at `head_weight=1`
@@ -35,27 +35,32 @@ _VERSION = 1  # of the computation, for rows that an interrupted run has left
 class Distill:
     """Rows trained so that an early layer's hidden states are those of the original tokenisation.
 
-    Short snippets of text with the new token are run up to `layer`, and the new rows `w`, nothing else, are trained
-    (Adam, cosine schedule) on the loss
+    Short snippets of text with the new token are run up to `layer`, and its row `w`, nothing else, is trained (Adam,
+    cosine schedule) on the loss
 
     `mean_p ‖h_p(w) - h̄_p‖² / mean_p ‖h̄_p‖²`
 
-    over the positions `p` of the new token and of what follows it; `h̄` are the hidden states of the same
-    snippet in the original tokenisation, at the last piece and behind it, computed once. The rows start at the
-    mean of their pieces. The layers behind `layer` are not run, and nothing of the model changes.
+    over the positions `p` of the new token and of up to eight ids behind it; `h̄` are the hidden states of the same
+    snippet in the original tokenisation, at the last piece and behind it, computed once. The row starts at the
+    mean of its pieces. The layers behind `layer` are not run, and nothing of the model changes.
 
     A row of a tied head is an output row, too, which has to predict the token where it belongs and only there. For it
-    `head_weight` times the loss of `CachedHead` is added, on the hidden states of one pass of the whole model over
-    the snippets. The rows
+    `12 · head_weight` times the loss of `CachedHead` is added, on the hidden states of passes of the whole model:
+    where the token is to come in its own snippets, and everywhere in a sample of 64 of all snippets. The rows
     of an untied head are fitted by `CachedHead` itself on the same texts; a head's bias and further tables
     start at the mean of the pieces.
 
     A piece of the vocabulary that serves only as a part of other new tokens in the texts stays at the mean of its
     pieces.
 
-    Needs: a causal model; texts with the tokens, or a model that can generate them. Cost: for `S` snippets
-    of `n` tokens `S` forwards, and `6·S` forwards with backward, through `layer` of the model's layers: on
-    SmolLM2-135M with 12 tokens, 5 snippets each, some 20 seconds of one CPU core.
+    The tokens are taken in groups of 64. In each step every token of the group has one of its snippets, and the rows
+    are apart from one another but for the output's loss, so more tokens take more groups, and no more memory than
+    their rows and the ids of their snippets. What comes before the token in a snippet is run once, and its keys and
+    values are kept (models that have no such cache run all of it in each step).
+
+    Needs: a causal model; texts with the tokens, or a model that can generate them. Cost for each token, with `s`
+    snippets: `s · 17` positions of the whole model, `s · 11` of the layers up to `layer`, and there `9 · steps` with
+    backward. SmolLM2-135M is best loaded in bfloat16, as it is published.
     Source: Dobler, Elliott and de Melo, "Token Distillation: Attention-aware Input Embeddings For New
     Tokens", 2025, which matches a late layer; an early one is cheaper, and serves as well here.
 
@@ -64,26 +69,29 @@ class Distill:
             have one). About a token that is in none of them the model writes some, from `prompts`, if it can
             generate.
         layer: number, from 1, of the layer whose output is matched; a quarter of the layers if not given.
-        steps: of Adam; six epochs over the snippets if not given.
+        steps: of Adam for each token; 30 if not given.
         learning_rate: at the start of the schedule, in units of the root mean square of the table's trained rows.
-        batch_size: snippets in a step.
+        batch_size: snippets that are run at once.
         per_token: largest number of snippets for each token.
         context: largest number of ids before, and behind, the token in a snippet.
         head_weight: weight of the output's loss on a tied head. 0 saves the pass of the whole model, but then the new
             token is hardly predicted.
         frequency: of each new token among the tokens of running text, for the output's loss.
         prompts: beginnings of the texts that the model writes, with `{token}`.
+        resume: folder for the rows of each group as soon as it is finished. Called again with the same model, tokens,
+            texts, settings and seed, as after an interruption, these are taken from there and come out the same.
 
     Raises:
         `PartialEmbeddingError`: a model that is not causal or has no list of layers; `layer` out of range; a token
-            that is in no text; no texts, and a model that cannot generate.
+            that is in no text; no texts, and a model that cannot generate;
+            a file in `resume` that is damaged or of another run.
     """
 
     texts: Sequence[str] | None = None
     layer: int | None = None
     steps: int | None = None
     learning_rate: float = 0.1
-    batch_size: int = 12
+    batch_size: int = 32
     per_token: int = 8
     context: int = 16
     head_weight: float = 0.3

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 # Lengths of what comes before a token, apart from the longest: those that are equally long run in one batch.
 _LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_EVERY = 4  # of the positions before a token one is an example of where it does not come
 _BETAS = (0.9, 0.99)
 _LARGEST_ERROR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 
@@ -88,9 +89,10 @@ class Lesson:
 
     Attributes:
         turns: in each of them every token has one snippet.
-        states (`torch.Tensor` of shape `(N, d)`): the head's input at the positions that a token follows.
-        sums: log-sum-exp of the old logits there.
-        labels: the index of the following token in the group.
+        states (`torch.Tensor` of shape `(N, d)`): the head's input at the positions that a token follows, and at some
+            before them.
+        sums (`torch.Tensor` of shape `(N,)`): log-sum-exp of the old logits there.
+        labels (`torch.Tensor` of shape `(N,)`): the index of the following token in the group, -1 where none follows.
     """
 
     @torch.no_grad()
@@ -113,10 +115,12 @@ class Lesson:
                 ahead = [snippet.original[:start] for snippet in batch]
                 cache = runner.new_cache() if reuse else None
                 if head:
-                    hidden, _, logits = runner.head(ahead, [[start - 1]] * len(batch), cache)
+                    # Near the token others come, too, where it would be proposed most easily.
+                    positions = [start - 1, *range(start - 2, -1, -_EVERY)]
+                    hidden, _, logits = runner.head(ahead, [positions] * len(batch), cache)
                     states.append(hidden)
                     sums.append(logits.float().logsumexp(-1))
-                    labels += rows
+                    labels += [label for row in rows for label in [row, *[-1] * (len(positions) - 1)]]
                 elif reuse:
                     runner.until(layer, ahead, cache=cache)
                 parts.append(_part(runner, layer, batch, rows, branch(cache, depth) if reuse else None))
