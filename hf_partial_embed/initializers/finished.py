@@ -76,7 +76,7 @@ class FinishedRows:
 
 
 def digest_of(parts: Iterable[Any]) -> str:
-    """SHA-256 of tensors' numbers, of modules' (the table of their parameters' first ones) and of other values' text."""
+    """SHA-256 of tensors' numbers, of the first numbers of modules' parameters, and of other values' text."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, nn.Module):

@@ -64,7 +64,7 @@ class _Part:
         skipped = 0 if self.cache is None else self.snippets[0].start
         places = [(snippet.start - skipped, row) for snippet, row in zip(self.snippets, self.rows, strict=True)]
         ids = [snippet.shortened[skipped:] for snippet in self.snippets]
-        states = runner.until(layer, ids, rows, places, None if self.cache is None else branch(self.cache))
+        states = runner.until(layer, ids, rows, places, branch(self.cache))
         first = self.snippets[0].start - skipped
         distances = (states[:, first:].float() - self.targets).square().sum(-1)
         weighted: Tensor = (self.weights * distances).sum()
@@ -123,7 +123,7 @@ class Lesson:
                     labels += [label for row in rows for label in [row, *[-1] * (len(positions) - 1)]]
                 elif reuse:
                     runner.until(layer, ahead, cache=cache)
-                parts.append(_part(runner, layer, batch, rows, branch(cache, depth) if reuse else None))
+                parts.append(_part(runner, layer, batch, rows, branch(cache, depth)))
             self.turns.append(parts)
         if head:
             self.states, self.sums = torch.cat(states), torch.cat(sums)
@@ -143,7 +143,7 @@ def _alike(snippets: Sequence[Snippet], size: int) -> Iterator[tuple[list[Snippe
 
 def _part(runner: Runner, layer: nn.Module, batch: list[Snippet], rows: list[int], cache: Any) -> _Part:
     skipped = 0 if cache is None else batch[0].start
-    states = runner.until(layer, [snippet.original[skipped:] for snippet in batch], cache=None if cache is None else branch(cache))
+    states = runner.until(layer, [snippet.original[skipped:] for snippet in batch], cache=branch(cache))
     longest = 1 + max(snippet.following for snippet in batch)
     targets = states.new_zeros(len(batch), longest, states.shape[-1], dtype=torch.float32)
     weights = targets.new_zeros(len(batch), longest)
@@ -156,7 +156,7 @@ def _part(runner: Runner, layer: nn.Module, batch: list[Snippet], rows: list[int
 
 @torch.no_grad()
 def can_reuse(runner: Runner, layer: nn.Module, snippet: Snippet) -> bool:
-    """Whether a text in two parts, the second on the keys and values of the first, has the states that it has whole."""
+    """Whether a text in two parts, the second on the first one's keys and values, has the states that it has whole."""
     start, ids = snippet.start, snippet.original
     whole = runner.until(layer, [ids])[0, start:].float()
     try:

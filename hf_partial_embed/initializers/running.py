@@ -236,9 +236,11 @@ def branch(cache: Any, depth: int | None = None) -> Any:
     """A cache to which a forward adds without changing this one, whose tensors stay where they are.
 
     Args:
-        cache: of `Runner.new_cache`.
+        cache: of `Runner.new_cache`; `None` stays it.
         depth: how many layers it is for, the first ones; all if not given.
     """
+    if cache is None:
+        return None
     made = copy.copy(cache)
     # A layer puts new tensors in place of its old ones.
     made.layers = [copy.copy(layer) for layer in cache.layers]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ PROMPTS = ("This text is about {token}", "What is {token}?", "They said that {to
 # Text cut out on either side of a token, in characters for each id of context.
 _CHARACTERS = 12
 _TEXTS_AT_ONCE = 1000
+_PROMPTS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,6 @@ def _around_added(
     rows = {token: row for row, token in enumerate(request.tokens) if preview is None or preview.ids[row] is None}
     if not rows:
         return
-    # A tokenizer finds the longest added token that begins at a place.
     pattern = _pattern(rows)
     found: dict[int, list[tuple[str, str, str]]] = {row: [] for row in rows.values()}
     reach = context * _CHARACTERS
@@ -212,8 +213,24 @@ def texts_for(
 
 
 def _pattern(tokens: Iterable[str]) -> re.Pattern[str]:
-    # A tokenizer finds the longest added token that begins at a place.
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+    """Finds the longest token that begins at a place, as a tokenizer does with added tokens."""
+    return re.compile(_any_of(sorted(set(tokens))))
+
+
+def _any_of(words: list[str]) -> str:
+    """An expression for any of some sorted words, with what they have in common written once: `re` tries alternatives
+    one after another, and would try thousands of them at each place.
+    """
+    shared = words[0][: _common(words[0], words[-1])]
+    tails = [word[len(shared) :] for word in words]
+    longer = [_any_of(list(own)) for _, own in groupby(filter(None, tails), key=lambda tail: tail[0])]
+    if not longer:
+        return re.escape(shared)
+    return f"{re.escape(shared)}(?:{'|'.join(longer)}){'' if tails[0] else '?'}"
+
+
+def _parts(items: list[int], size: int) -> Iterator[list[int]]:
+    return (items[first : first + size] for first in range(0, len(items), size))
 
 
 def _can_generate(model: Any) -> bool:
@@ -262,7 +279,7 @@ def generate_texts(request: InitRequest, *, prompts: Sequence[str], numbers: Seq
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
         # Prompts of one length at a time need no padding, whose side models disagree on.
-        for indices in by_length.values():
+        for indices in chain(*(_parts(indices, _PROMPTS_AT_ONCE) for indices in by_length.values())):
             prompted = torch.tensor([encoded[index] for index in indices], device=device)
             out = model.generate(
                 input_ids=prompted,
