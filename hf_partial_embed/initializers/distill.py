@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +17,13 @@ from .matching import Lesson, can_reuse, fit, trimmed
 from .pieces import subtoken_mean
 from .registry import InitRequest, register
 from .running import Runner, decoder_layers, undisturbed
-from .snippets import PROMPTS, Snippet, snippets_of, texts_for
+from .snippets import PROMPTS, Snippet, in_groups, sample_of, snippets_of, texts_for
 from .table_statistics import root_mean_square
 
 __all__ = ["Distill"]
 
 _STEPS = 30  # for each token, unless `steps` says otherwise
 _FOLLOWING = 8  # ids behind a token whose states are matched
-_GROUP = 64  # tokens whose states are kept at once
-_SAMPLE = 64  # snippets all of whose positions tell where a token is not to be predicted
 _HEAD = 12  # weight of the output's loss beside that of one snippet, at `head_weight=1`
 _VERSION = 1  # of the computation, for rows that an interrupted run has left
 
@@ -46,7 +43,7 @@ class Distill:
 
     A row of a tied head is an output row, too, which has to predict the token where it belongs and only there. For it
     `12 · head_weight` times the loss of `CachedHead` is added, on the hidden states of passes of the whole model:
-    where the token is to come in its own snippets, and everywhere in a sample of 64 of all snippets. The rows
+    where the token is to come in its own snippets, and everywhere in a sample of 256 of all snippets. The rows
     of an untied head are fitted by `CachedHead` itself on the same texts; a head's bias and further tables
     start at the mean of the pieces.
 
@@ -115,46 +112,50 @@ class Distill:
         layers, depth = self._layers(request)
         texts = texts_for(request, self.texts, prompts=self.prompts, per_token=self.per_token, length=self.context)
         found = snippets_of(request, texts, context=self.context, limit=self.per_token)
-        snippets: dict[int, list[Snippet]] = {}
-        for snippet in found:
-            snippets.setdefault(snippet.token, []).append(trimmed(snippet, _FOLLOWING))
-        turns = self._turns(request, snippets)
-        tokens = sorted(snippets)
-        groups = [tokens[first : first + _GROUP] for first in range(0, len(tokens), _GROUP)]
+        snippets = [trimmed(snippet, _FOLLOWING) for snippet in found]
+        groups = in_groups(snippets)
+        turns = self._turns(request, groups)
         rows = start.clone()
-        with undisturbed(request.model), tqdm(total=len(tokens), desc="distilling", unit=" tokens", delay=1) as bar:
+        with (
+            undisturbed(request.model),
+            tqdm(total=sum(map(len, groups)), desc="distilling", unit=" tokens", delay=1) as bar,
+        ):
             finished = None
             if self.resume is not None:
-                finished = FinishedRows(self.resume, self._key(request, start, snippets, turns))
+                finished = FinishedRows(self.resume, self._key(request, start, groups, turns))
             matching = None
             for number, group in enumerate(groups):
                 made = None if finished is None else finished.get(number)
                 if made is None:
                     if matching is None:
-                        matching = _Matching(self, request, layers[depth - 1], depth, [*chain(*snippets.values())])
-                    made = matching.rows(group, start[group], snippets, turns)
+                        matching = _Matching(self, request, layers[depth - 1], depth, snippets)
+                    made = matching.rows(group, start[[*group]], turns)
                     if finished is not None:
                         finished.put(number, made)
-                rows[group] = made.to(rows)
+                rows[[*group]] = made.to(rows)
                 bar.update(len(group))
         return request.keep_norms(rows)
 
-    def _turns(self, request: InitRequest, snippets: Mapping[int, Sequence[Snippet]]) -> list[int]:
+    def _turns(self, request: InitRequest, groups: Sequence[Mapping[int, Sequence[Snippet]]]) -> list[int]:
         """Which of its snippets each token has in each step; all of them before one comes again."""
         steps = _STEPS if self.steps is None else self.steps
-        most = max(map(len, snippets.values()), default=1)
+        most = max((len(own) for group in groups for own in group.values()), default=1)
         order: list[int] = []
         while len(order) < steps:
             order += torch.randperm(most, generator=request.generator).tolist()
         return order[:steps]
 
     def _key(
-        self, request: InitRequest, start: Tensor, snippets: Mapping[int, Sequence[Snippet]], turns: Sequence[int]
+        self,
+        request: InitRequest,
+        start: Tensor,
+        groups: Sequence[Mapping[int, Sequence[Snippet]]],
+        turns: Sequence[int],
     ) -> str:
         """Of all that the rows depend on; how they are computed in this release is a part of it."""
         settings = (_VERSION, self.layer, self.learning_rate, self.batch_size, self.head_weight, self.frequency)
         return digest_of([settings, tuple(request.tokens), turns, start, request.table, request.model,
-                          sorted(snippets.items())])  # fmt: skip
+                          *groups])  # fmt: skip
 
     def _layers(self, request: InitRequest) -> tuple[list[nn.Module], int]:
         layers = decoder_layers(request.model)
@@ -186,20 +187,17 @@ class _Matching:
         self.rate = options.learning_rate * root_mean_square(request.table, request.trained_rows)
         self.cached, self.bias = None, None
         if request.shared and options.head_weight:
-            sample = snippets[:: max(1, len(snippets) // _SAMPLE)][:_SAMPLE]
-            self.cached = CachedStates.of(request.model, sample, options.batch_size, options.frequency)
+            self.cached = CachedStates.of(request.model, sample_of(snippets), options.batch_size, options.frequency)
             self.bias = new_bias(request)
 
-    def rows(
-        self, group: list[int], start: Tensor, snippets: Mapping[int, list[Snippet]], turns: Sequence[int]
-    ) -> Tensor:
+    def rows(self, group: Mapping[int, list[Snippet]], start: Tensor, turns: Sequence[int]) -> Tensor:
         options = self.options
-        lesson = Lesson(self.runner, self.layer, self.depth, [snippets[token] for token in group],
-                        options.batch_size, self.reuse, head=self.cached is not None)  # fmt: skip
+        lesson = Lesson(self.runner, self.layer, self.depth, list(group.values()), options.batch_size, self.reuse,
+                        head=self.cached is not None)  # fmt: skip
         cached, bias = None, None
         if self.cached is not None:
-            cached = self.cached.of_group(group).with_more(lesson.states, lesson.sums, lesson.labels)
-            bias = None if self.bias is None else self.bias[group]
+            cached = self.cached.of_group([*group]).with_more(lesson.states, lesson.sums, lesson.labels)
+            bias = None if self.bias is None else self.bias[[*group]]
 
         def loss(rows: Tensor, turn: int) -> Iterator[Tensor]:
             for part in lesson.turns[turn % len(lesson.turns)]:

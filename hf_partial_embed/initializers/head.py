@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from ..errors import PartialEmbeddingError
 from .pieces import subtoken_mean
 from .registry import InitRequest, register
 from .running import Runner, undisturbed
-from .snippets import PROMPTS, Snippet, keep_unseen, snippets_of, texts_for
+from .snippets import PROMPTS, Snippet, in_groups, sample_of, snippets_of, texts_for
 
 __all__ = ["FREQUENCY", "CachedHead", "CachedStates", "new_bias"]
 
@@ -42,6 +44,9 @@ class CachedHead:
     Snippets are cut out around the tokens, which are far more frequent in them than in running text: rows fitted
     without weights would predict the tokens everywhere. The weights make a token occur once in `1 / frequency`
     positions.
+
+    Tokens are taken in groups of 64, each with the snippets of its own tokens and a sample of 256 of all, where the
+    other tokens are left in their pieces.
 
     Only the rows of an untied head are fitted; those of other tables, a tied one among them, start at the mean of the
     pieces.
@@ -83,9 +88,20 @@ class CachedHead:
             return start
         texts = texts_for(request, self.texts, prompts=self.prompts, per_token=self.per_token, length=self.context)
         snippets = snippets_of(request, texts, context=self.context, limit=self.per_token)
-        with undisturbed(request.model):
-            cached = CachedStates.of(request.model, snippets, self.batch_size, self.frequency)
-        return keep_unseen(self._fit(start.double(), cached, new_bias(request)).float(), start, snippets)
+        groups = in_groups(snippets)
+        rows, bias = start.clone(), new_bias(request)
+        with undisturbed(request.model), tqdm(total=len(groups), desc="fitting", unit=" groups", delay=1) as bar:
+            read = partial(CachedStates.of, request.model, batch_size=self.batch_size, frequency=self.frequency)
+            sample = read(sample_of(snippets)) if len(groups) > 1 else None
+            for group in groups:
+                tokens = list(group)
+                cached = read([*chain(*group.values())]).of_group(tokens)
+                if sample is not None:
+                    cached = cached.with_more(sample.states, sample.sums, sample.of_group(tokens).labels)
+                own_bias = None if bias is None else bias[tokens]
+                rows[tokens] = self._fit(start[tokens].double(), cached, own_bias).to(rows)
+                bar.update()
+        return rows
 
     def _fit(self, start: Tensor, cached: CachedStates, bias: Tensor | None) -> Tensor:
         penalty = self.penalty * cached.states.square().mean()

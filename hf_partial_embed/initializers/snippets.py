@@ -9,14 +9,21 @@ from itertools import chain, groupby
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import PartialEmbeddingError, shorten
 from ..tokens.vocabulary import encode_all
 from .registry import InitRequest
 from .running import undisturbed
 
-__all__ = ["PROMPTS", "Snippet", "generate_texts", "keep_unseen", "snippets_of", "texts_for"]
+__all__ = [
+    "PROMPTS",
+    "Snippet",
+    "generate_texts",
+    "in_groups",
+    "sample_of",
+    "snippets_of",
+    "texts_for",
+]
 
 # Beginnings of the texts that a model writes about a token, if none are given.
 PROMPTS = ("This text is about {token}", "What is {token}?", "They said that {token}", "In short, {token}")
@@ -25,6 +32,8 @@ PROMPTS = ("This text is about {token}", "What is {token}?", "They said that {to
 _CHARACTERS = 12
 _TEXTS_AT_ONCE = 1000
 _PROMPTS_AT_ONCE = 64
+_TOKENS_AT_ONCE = 64  # so that what is kept of a model's run does not grow with the number of tokens
+_SAMPLE = 256  # snippets of all tokens that tell every group where its tokens do not come
 
 
 @dataclass(frozen=True)
@@ -84,11 +93,17 @@ def snippets_of(request: InitRequest, texts: Sequence[str], *, context: int, lim
     return snippets
 
 
-def keep_unseen(rows: Tensor, start: Tensor, snippets: Sequence[Snippet]) -> Tensor:
-    """The rows, but for those of tokens without a snippet the start: nothing says where they should be."""
-    seen = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-    seen[[snippet.token for snippet in snippets]] = True
-    return torch.where(seen[:, None], rows, start)
+def in_groups(snippets: Iterable[Snippet]) -> list[dict[int, list[Snippet]]]:
+    """Snippets by token, for the tokens that are fitted at once."""
+    found: dict[int, list[Snippet]] = {}
+    for snippet in snippets:
+        found.setdefault(snippet.token, []).append(snippet)
+    return [{token: found[token] for token in group} for group in _parts(sorted(found), _TOKENS_AT_ONCE)]
+
+
+def sample_of(snippets: Sequence[Snippet]) -> list[Snippet]:
+    """Some of them, from all over."""
+    return list(snippets[:: max(1, len(snippets) // _SAMPLE)][:_SAMPLE])
 
 
 def _around_pieces(

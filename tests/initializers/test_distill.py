@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from hf_partial_embed import PartialEmbeddingError, choose_tokens
-from hf_partial_embed.initializers import CachedHead, Distill, InitRequest, distill
+from hf_partial_embed.initializers import CachedHead, Distill, InitRequest, distill, snippets
 from hf_partial_embed.initializers.head import CachedStates
 from hf_partial_embed.initializers.running import Runner, decoder_layers, undisturbed
 from hf_partial_embed.initializers.snippets import _pattern, snippets_of
@@ -262,7 +262,7 @@ class TestManyTokens:
         return [f"The {word} of{token} is a {word}." for word in ("name", "token", "word") for token in self.WORDS]
 
     def test_interrupted_and_resumed_is_as_never_interrupted(self, tied, monkeypatch, tmp_path):
-        monkeypatch.setattr(distill, "_GROUP", 1)
+        monkeypatch.setattr(snippets, "_TOKENS_AT_ONCE", 1)
         init, whole = Distill(self.texts(), steps=4), distill.Lesson
         expected = self.rows(init, tied=tied)
         taught = []
@@ -284,7 +284,7 @@ class TestManyTokens:
         assert len(taught) == 3 + 2
 
     def test_what_another_run_or_an_accident_has_left_is_refused(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(distill, "_GROUP", 2)
+        monkeypatch.setattr(snippets, "_TOKENS_AT_ONCE", 2)
         init = Distill(self.texts(), steps=1, resume=tmp_path)
         self.rows(init)
         for other in (replace(init, texts=self.texts()[:8]), replace(init, learning_rate=0.2), replace(init, layer=2)):
@@ -313,12 +313,12 @@ class TestManyTokens:
         init, made = Distill(self.texts(), steps=8), []
         start = self.rows("subtoken_mean", tied=tied)
         for size in (1, 4):
-            monkeypatch.setattr(distill, "_GROUP", size)
+            monkeypatch.setattr(snippets, "_TOKENS_AT_ONCE", size)
             made.append(self.rows(init, tied=tied))
         assert (made[0] - made[1]).norm() < most * (made[0] - start).norm()
 
     def test_memory_does_not_grow_with_the_number_of_tokens(self, monkeypatch):
-        monkeypatch.setattr(distill, "_GROUP", 1)
+        monkeypatch.setattr(snippets, "_TOKENS_AT_ONCE", 1)
         largest = []
         for count in (1, 4):
             texts = [text for text in self.texts() if any(word in text for word in self.WORDS[:count])]
@@ -339,6 +339,18 @@ class TestManyTokens:
 
 
 class TestCachedHead:
+    def test_groups_of_tokens_are_fitted_nearly_as_all_at_once(self, monkeypatch):
+        made = []
+        for size in (1, 64):
+            monkeypatch.setattr(snippets, "_TOKENS_AT_ONCE", size)
+            made.append(
+                add_tokens(lively(tied=False), bpe_tokenizer(), TOKENS, init=CachedHead(TEXTS))
+                .token_rows()
+                .output_rows
+            )
+        start = add_tokens(lively(tied=False), bpe_tokenizer(), TOKENS).token_rows().output_rows
+        assert (made[0] - made[1]).norm() < 0.3 * (made[1] - start).norm()
+
     @pytest.mark.parametrize("kind", ["llama", "phi", "gpt2"])
     @pytest.mark.parametrize("frequency", [0.3, 1e-3])
     def test_cached_loss_is_that_of_the_model_with_every_token_as_frequent_as_said(self, kind, frequency):
