@@ -112,8 +112,8 @@ class Runner:
         )
 
     def new_cache(self) -> Any:
-        """An empty cache for keys and values."""
-        return DynamicCache(config=self.model.config)
+        """An empty cache for keys and values; `None` where the model takes none."""
+        return None if self.cache_name is None else DynamicCache(config=self.model.config)
 
     def until(
         self,
@@ -201,8 +201,8 @@ class Runner:
         longest = max(map(len, sequences))
         ids = torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in sequences], device=self.device)
         mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences], device=self.device)
-        options = dict(self.options)
-        if cache is not None:
+        options: dict[str, Any] = dict(self.options)
+        if cache is not None and self.cache_name is not None:
             options |= {"use_cache": True, self.cache_name: cache}
             mask = torch.cat([mask.new_ones(len(mask), cache.get_seq_length()), mask], 1)
         handle = None

@@ -185,7 +185,7 @@ def _align(
     )
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
     """Length of the common prefix."""
     length = 0
     while length < min(len(a), len(b)) and a[length] == b[length]:
