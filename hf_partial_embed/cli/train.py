@@ -191,7 +191,7 @@ def _add(
     if options.init not in ("auto", "distill"):
         return add(options.init), options.init == "distill"
     try:
-        return add(Distill(texts=texts, resume=unfinished)), True
+        return add(Distill(texts=texts, resume=unfinished, progress=not options.quiet)), True
     except PartialEmbeddingError as error:
         if options.init == "distill":
             raise

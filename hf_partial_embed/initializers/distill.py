@@ -77,6 +77,7 @@ class Distill:
         prompts: beginnings of the texts that the model writes, with `{token}`.
         resume: folder for the rows of each group as soon as it is finished. Called again with the same model, tokens,
             texts, settings and seed, as after an interruption, these are taken from there and come out the same.
+        progress: whether to show a progress bar, after a second.
 
     Raises:
         `PartialEmbeddingError`: a model that is not causal or has no list of layers; `layer` out of range; a token
@@ -95,6 +96,7 @@ class Distill:
     frequency: float = FREQUENCY
     prompts: Sequence[str] = PROMPTS
     resume: str | os.PathLike[str] | None = None
+    progress: bool = True
 
     def __call__(self, request: InitRequest) -> Tensor:
         if request.role == "output":
@@ -105,6 +107,7 @@ class Distill:
                 self.frequency,
                 batch_size=self.batch_size,
                 prompts=self.prompts,
+                progress=self.progress,
             )(request)
         start = subtoken_mean(request)
         if request.role != "input":
@@ -116,10 +119,8 @@ class Distill:
         groups = in_groups(snippets)
         turns = self._turns(request, groups)
         rows = start.clone()
-        with (
-            undisturbed(request.model),
-            tqdm(total=sum(map(len, groups)), desc="distilling", unit=" tokens", delay=1) as bar,
-        ):
+        bar = tqdm(total=sum(map(len, groups)), desc="distilling", unit=" tokens", delay=1, disable=not self.progress)
+        with undisturbed(request.model), bar:
             finished = None
             if self.resume is not None:
                 finished = FinishedRows(self.resume, self._key(request, start, groups, turns))

@@ -67,6 +67,7 @@ class CachedHead:
         iterations: largest number of L-BFGS iterations.
         batch_size: snippets in a pass.
         prompts: beginnings of the texts that the model writes, with `{token}`.
+        progress: whether to show a progress bar, after a second.
 
     Raises:
         `PartialEmbeddingError`: a token that is in no text; no texts, and a model that cannot generate; a model whose
@@ -81,6 +82,7 @@ class CachedHead:
     iterations: int = 200
     batch_size: int = 12
     prompts: Sequence[str] = PROMPTS
+    progress: bool = True
 
     def __call__(self, request: InitRequest) -> Tensor:
         start = subtoken_mean(request)
@@ -90,17 +92,17 @@ class CachedHead:
         snippets = snippets_of(request, texts, context=self.context, limit=self.per_token)
         groups = in_groups(snippets)
         rows, bias = start.clone(), new_bias(request)
-        with undisturbed(request.model), tqdm(total=len(groups), desc="fitting", unit=" groups", delay=1) as bar:
+        bar = tqdm(groups, desc="fitting", unit=" groups", delay=1, disable=not self.progress)
+        with undisturbed(request.model), bar:
             read = partial(CachedStates.of, request.model, batch_size=self.batch_size, frequency=self.frequency)
             sample = read(sample_of(snippets)) if len(groups) > 1 else None
-            for group in groups:
+            for group in bar:
                 tokens = list(group)
                 cached = read([*chain(*group.values())]).of_group(tokens)
                 if sample is not None:
                     cached = cached.with_more(sample.states, sample.sums, sample.of_group(tokens).labels)
                 own_bias = None if bias is None else bias[tokens]
                 rows[tokens] = self._fit(start[tokens].double(), cached, own_bias).to(rows)
-                bar.update()
         return rows
 
     def _fit(self, start: Tensor, cached: CachedStates, bias: Tensor | None) -> Tensor:
