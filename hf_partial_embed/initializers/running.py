@@ -141,9 +141,7 @@ class Runner:
 
         handle = layer.register_forward_hook(stop)
         try:
-            # The kernels that save memory on long texts are several times slower on these short ones in bfloat16.
-            with sdpa_kernel(SDPBackend.MATH):
-                self._forward(sequences, rows, places, cache)
+            self._forward(sequences, rows, places, cache)
         except _Reached as reached:
             return reached.value
         finally:
@@ -212,7 +210,9 @@ class Runner:
             new = torch.arange(longest, device=self.device) == at[:, None]
             handle = self.embeddings.register_forward_hook(self._replace(new, rows[which] * self.scale))
         try:
-            return self.model(input_ids=ids, attention_mask=mask, **options)
+            # The kernels that save memory on long texts are several times slower on these short ones in bfloat16.
+            with sdpa_kernel(SDPBackend.MATH):
+                return self.model(input_ids=ids, attention_mask=mask, **options)
         finally:
             if handle is not None:
                 handle.remove()

@@ -213,7 +213,8 @@ def texts_for(
         `PartialEmbeddingError`: there are no texts, and the model cannot generate.
     """
     given = list(texts or ())
-    there = {match for text in given for match in _pattern(request.tokens).findall(text)}
+    pattern = _pattern(request.tokens)
+    there = {match for text in given for match in pattern.findall(text)}
     # One that only stands inside of another new token there has no text of its own to learn from.
     missing = {t for t in request.tokens if t not in there and not any(t in other for other in there)}
     lacking = [per_token if token in missing else 0 for token in request.tokens]
