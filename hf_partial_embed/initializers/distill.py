@@ -105,7 +105,7 @@ class Distill:
                 self.per_token,
                 self.context,
                 self.frequency,
-                batch_size=self.batch_size,
+                batch_size=self._whole,
                 prompts=self.prompts,
                 progress=self.progress,
             )(request)
@@ -136,6 +136,11 @@ class Distill:
                 rows[[*group]] = made.to(rows)
                 bar.update(len(group))
         return request.keep_norms(rows)
+
+    @property
+    def _whole(self) -> int:
+        """Snippets that are run at once where each has logits at all of its positions, which take the most memory."""
+        return max(1, self.batch_size // 4)
 
     def _turns(self, request: InitRequest, groups: Sequence[Mapping[int, Sequence[Snippet]]]) -> list[int]:
         """Which of its snippets each token has in each step; all of them before one comes again."""
@@ -188,7 +193,7 @@ class _Matching:
         self.rate = options.learning_rate * root_mean_square(request.table, request.trained_rows)
         self.cached, self.bias = None, None
         if request.shared and options.head_weight:
-            self.cached = CachedStates.of(request.model, sample_of(snippets), options.batch_size, options.frequency)
+            self.cached = CachedStates.of(request.model, sample_of(snippets), options._whole, options.frequency)
             self.bias = new_bias(request)
 
     def rows(self, group: Mapping[int, list[Snippet]], start: Tensor, turns: Sequence[int]) -> Tensor:
