@@ -128,7 +128,8 @@ def _train(options: argparse.Namespace) -> int:
         model.requires_grad_(False)
     checkpoint = last_checkpoint(work)
     if checkpoint is None:
-        partial, distilled = _add(model, tokenizer, tokens, training, options)
+        write_work(work, options, tokens=list(tokens) if options.count else None)
+        partial, distilled = _add(model, tokenizer, tokens, training, options, work / "distilled")
     else:  # whose rows take the place of these
         partial, distilled = add_tokens(model, tokenizer, tokens, special=options.special), held["distilled"]
     write_work(work, options, tokens=list(tokens) if options.count else None, distilled=distilled)
@@ -193,9 +194,9 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _add(
-    model: Any, tokenizer: Any, tokens: Any, texts: list[str], options: argparse.Namespace
+    model: Any, tokenizer: Any, tokens: Any, texts: list[str], options: argparse.Namespace, unfinished: Path
 ) -> tuple[PartialEmbedding, bool]:
-    """Add the tokens; gives whether their rows are distilled."""
+    """Add the tokens; gives whether their rows are distilled, group by group with a folder for an interrupted run."""
     from ..api import add_tokens
     from ..initializers import Distill
 
@@ -205,7 +206,7 @@ def _add(
     if options.init not in ("auto", "distill"):
         return add(options.init), options.init == "distill"
     try:
-        return add(Distill(texts=texts)), True
+        return add(Distill(texts=texts, resume=unfinished, progress=not options.quiet)), True
     except PartialEmbeddingError as error:
         if options.init == "distill":
             raise

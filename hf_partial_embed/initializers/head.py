@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from ..errors import PartialEmbeddingError
 from .pieces import subtoken_mean
 from .registry import InitRequest, register
 from .running import Runner, undisturbed
-from .snippets import PROMPTS, Snippet, keep_unseen, snippets_of, texts_for
+from .snippets import PROMPTS, Snippet, in_groups, sample_of, snippets_of, texts_for
 
 __all__ = ["FREQUENCY", "CachedHead", "CachedStates", "logit_shape", "new_bias"]
 
@@ -42,6 +45,9 @@ class CachedHead:
     without weights would predict the tokens everywhere. The weights make a token occur once in `1 / frequency`
     positions.
 
+    Tokens are taken in groups of 64, each with the snippets of its own tokens and a sample of 256 of all, where the
+    other tokens are left in their pieces.
+
     Only the rows of an untied head are fitted; those of other tables, a tied one among them, start at the mean of the
     pieces.
 
@@ -61,6 +67,7 @@ class CachedHead:
         iterations: largest number of L-BFGS iterations.
         batch_size: snippets in a pass.
         prompts: beginnings of the texts that the model writes, with `{token}`.
+        progress: whether to show a progress bar, after a second.
 
     Raises:
         `PartialEmbeddingError`: a token that is in no text; no texts, and a model that cannot generate; a model whose
@@ -75,6 +82,7 @@ class CachedHead:
     iterations: int = 200
     batch_size: int = 12
     prompts: Sequence[str] = PROMPTS
+    progress: bool = True
 
     def __call__(self, request: InitRequest) -> Tensor:
         start = subtoken_mean(request)
@@ -82,9 +90,20 @@ class CachedHead:
             return start
         texts = texts_for(request, self.texts, prompts=self.prompts, per_token=self.per_token, length=self.context)
         snippets = snippets_of(request, texts, context=self.context, limit=self.per_token)
-        with undisturbed(request.model):
-            cached = CachedStates(request.model, snippets, self.batch_size, self.frequency)
-        return keep_unseen(self._fit(start.double(), cached, new_bias(request)).float(), start, snippets)
+        groups = in_groups(snippets)
+        rows, bias = start.clone(), new_bias(request)
+        bar = tqdm(groups, desc="fitting", unit=" groups", delay=1, disable=not self.progress)
+        with undisturbed(request.model), bar:
+            read = partial(CachedStates.of, request.model, batch_size=self.batch_size, frequency=self.frequency)
+            sample = read(sample_of(snippets)) if len(groups) > 1 else None
+            for group in bar:
+                tokens = list(group)
+                cached = read([*chain(*group.values())]).of_group(tokens)
+                if sample is not None:
+                    cached = cached.with_more(sample.states, sample.sums, sample.of_group(tokens).labels)
+                own_bias = None if bias is None else bias[tokens]
+                rows[tokens] = self._fit(start[tokens].double(), cached, own_bias).to(rows)
+        return rows
 
     def _fit(self, start: Tensor, cached: CachedStates, bias: Tensor | None) -> Tensor:
         penalty = self.penalty * cached.states.square().mean()
@@ -107,37 +126,65 @@ class CachedHead:
         return rows.detach()
 
 
+@dataclass(frozen=True)
 class CachedStates:
-    """What the loss of new head rows depends on, of a model run over snippets.
+    """What the loss of new head rows depends on, of a model run over texts.
 
     Attributes:
         states (`torch.Tensor` of shape `(N, d)`): what the head is given, in float64.
         sums (`torch.Tensor` of shape `(N,)`): log-sum-exp of the old logits.
         labels (`torch.Tensor` of shape `(N,)`): which new token follows, -1 where none does.
-        weights (`torch.Tensor` of shape `(N,)`): of each position in the loss. They sum to one over the positions that
-            an old token follows, and to `frequency` over those that one new token follows.
+        shape: from the head's output to the model's logits.
+        frequency: of each new token.
     """
 
+    states: Tensor
+    sums: Tensor
+    labels: Tensor
+    shape: Callable[[Tensor], Tensor]
+    frequency: float
+
+    @classmethod
     @torch.no_grad()
-    def __init__(self, model: Any, snippets: Sequence[Snippet], batch_size: int, frequency: float) -> None:
+    def of(cls, model: Any, snippets: Sequence[Snippet], batch_size: int, frequency: float) -> CachedStates:
+        """All positions of snippets in the original tokenisation, but those between a token's pieces."""
         runner = Runner(model)
         ordered = sorted(snippets, key=lambda snippet: len(snippet.original))
         states, sums, labels = [], [], []
         for first in range(0, len(ordered), batch_size):
             batch = ordered[first : first + batch_size]
-            hidden, raw, logits = runner.head([snippet.original for snippet in batch])
+            kept = [[i for i in range(len(s.original) - 1) if not s.start <= i < s.end] for s in batch]
+            hidden, raw, logits = runner.head([snippet.original for snippet in batch], kept)
             if not first:
-                self.shape = logit_shape(model, raw, logits)
-            for row, snippet in enumerate(batch):
-                last = len(snippet.original) - 1
-                kept = [i for i in range(last) if not snippet.start <= i < snippet.end]
-                states.append(hidden[row, kept].double())
-                sums.append(logits[row, kept].float().logsumexp(-1).double())
-                labels += [snippet.token if i == snippet.start - 1 else -1 for i in kept]
-        self.states, self.sums = torch.cat(states), torch.cat(sums)
-        self.labels = torch.tensor(labels, device=self.states.device)
+                shape = logit_shape(model, raw, logits)
+            states.append(hidden.double())
+            sums.append(logits.float().logsumexp(-1).double())
+            for snippet, positions in zip(batch, kept, strict=True):
+                labels += [snippet.token if i == snippet.start - 1 else -1 for i in positions]
+        joined = torch.cat(states)
+        return cls(joined, torch.cat(sums), torch.tensor(labels, device=joined.device), shape, frequency)
+
+    def of_group(self, group: Sequence[int]) -> CachedStates:
+        """The same with labels in a group of the tokens; the other tokens are left in their pieces."""
+        places = {token: place for place, token in enumerate(group)}
+        labels = [places.get(label, -1) for label in self.labels.tolist()]
+        return replace(self, labels=torch.tensor(labels, device=self.labels.device))
+
+    def with_more(self, states: Tensor, sums: Tensor, labels: Tensor) -> CachedStates:
+        return replace(
+            self,
+            states=torch.cat([self.states, states.to(self.states)]),
+            sums=torch.cat([self.sums, sums.to(self.sums)]),
+            labels=torch.cat([self.labels, labels.to(self.labels)]),
+        )
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """Of each position in the loss, `[N]`. They sum to one over the positions that an old token follows, and to
+        `frequency` over those that one new token follows.
+        """
         alike = torch.bincount(self.labels + 1)[self.labels + 1]
-        self.weights = torch.where(self.labels < 0, 1.0, frequency).double() / alike
+        return torch.where(self.labels < 0, 1.0, self.frequency).double() / alike
 
     def loss(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         """Weighted cross-entropy over the positions, up to a constant that does not depend on the rows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,10 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import DynamicCache
 
 from ..errors import PartialEmbeddingError
 
-__all__ = ["Runner", "decoder_layers", "undisturbed"]
+__all__ = ["Runner", "branch", "decoder_layers", "undisturbed"]
+
+
+_CACHES = ("cache", "past_key_values")  # what `transformers` calls keys and values, since 5.24 and before
 
 
 class _Reached(Exception):
@@ -88,6 +94,7 @@ class Runner:
         self.scale = 1.0 if table is None else self._scale(table)
         parameters = inspect.signature(model.forward).parameters
         open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        self.cache_name = next((name for name in _CACHES if name in parameters), None)
         self.options = {"use_cache": False} if open_ended or "use_cache" in parameters else {}
 
     @torch.no_grad()
@@ -104,12 +111,17 @@ class Runner:
             "out before they are added. Use init='subtoken_mean'."
         )
 
+    def new_cache(self) -> Any:
+        """An empty cache for keys and values; `None` where the model takes none."""
+        return None if self.cache_name is None else DynamicCache(config=self.model.config)
+
     def until(
         self,
         layer: nn.Module,
         sequences: Sequence[Sequence[int]],
         rows: Tensor | None = None,
         places: Sequence[tuple[int, int]] = (),
+        cache: Any = None,
     ) -> Tensor:
         """The output of a layer; the layers behind it are not run.
 
@@ -118,6 +130,7 @@ class Runner:
             sequences: `B` lists of ids, padded on the right to the longest.
             rows (`torch.Tensor` of shape `(K, d)`, *optional*): new rows; gradients reach them.
             places: for each sequence, if `rows` are given, the position of its new token and the index of its row.
+            cache: keys and values of what comes before the sequences, if anything does; theirs are added.
 
         Returns:
             `torch.Tensor` of shape `(B, longest, d)`.
@@ -128,7 +141,7 @@ class Runner:
 
         handle = layer.register_forward_hook(stop)
         try:
-            self._forward(sequences, rows, places)
+            self._forward(sequences, rows, places, cache)
         except _Reached as reached:
             return reached.value
         finally:
@@ -138,33 +151,58 @@ class Runner:
             "init='subtoken_mean'."
         )
 
-    def head(self, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the whole model.
+    def head(
+        self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], cache: Any = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the whole model; the head only where it is asked for.
+
+        Args:
+            sequences: `B` lists of ids.
+            positions: for each sequence where its states are wanted, `N` in all.
+            cache: takes the keys and values of the sequences, if it is given.
 
         Returns:
-            The head's input `(B, longest, d)`, its output, and the model's logits, both `(B, longest, V)`.
+            The head's input `(N, d)`, its output, and the model's logits, both `(N, V)`.
         """
+        rows = torch.tensor([row for row, at in enumerate(positions) for _ in at], device=self.device)
+        columns = torch.tensor([column for at in positions for column in at], device=self.device)
+        head = self.model.get_output_embeddings()
         seen: list[tuple[Tensor, Tensor]] = []
-        handle = self.model.get_output_embeddings().register_forward_hook(
-            lambda _, args, out: seen.append((args[0], out))
-        )
+
+        def choose(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (args[0][rows, columns][None], *args[1:])
+
+        handles = [
+            head.register_forward_pre_hook(choose),
+            head.register_forward_hook(lambda _, args, out: seen.append((args[0], out))),
+        ]
         try:
-            out = self._forward(sequences, None, ())
+            out = self._forward(sequences, None, (), cache)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         if len(seen) != 1 or seen[0][1].shape != out.logits.shape:
             raise PartialEmbeddingError(
                 f"{type(self.model).__name__} does not make its logits of one call of its head. Use "
                 "init='subtoken_mean'."
             )
-        return (*seen[0], out.logits)
+        (states, raw), logits = seen[0], out.logits
+        return states[0], raw[0], logits[0]
 
     def _forward(
-        self, sequences: Sequence[Sequence[int]], rows: Tensor | None, places: Sequence[tuple[int, int]]
+        self,
+        sequences: Sequence[Sequence[int]],
+        rows: Tensor | None,
+        places: Sequence[tuple[int, int]],
+        cache: Any = None,
     ) -> Any:
         longest = max(map(len, sequences))
         ids = torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in sequences], device=self.device)
         mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences], device=self.device)
+        options: dict[str, Any] = dict(self.options)
+        if cache is not None and self.cache_name is not None:
+            options |= {"use_cache": True, self.cache_name: cache}
+            mask = torch.cat([mask.new_ones(len(mask), cache.get_seq_length()), mask], 1)
         handle = None
         if rows is not None:
             at = torch.tensor([position for position, _ in places], device=self.device)
@@ -172,7 +210,9 @@ class Runner:
             new = torch.arange(longest, device=self.device) == at[:, None]
             handle = self.embeddings.register_forward_hook(self._replace(new, rows[which] * self.scale))
         try:
-            return self.model(input_ids=ids, attention_mask=mask, **self.options)
+            # The kernels that save memory on long texts are several times slower on these short ones in bfloat16.
+            with sdpa_kernel(SDPBackend.MATH):
+                return self.model(input_ids=ids, attention_mask=mask, **options)
         finally:
             if handle is not None:
                 handle.remove()
@@ -186,3 +226,24 @@ class Runner:
             return torch.where(new[..., None], rows[:, None].to(out.dtype), out)
 
         return replace
+
+
+def _cache_of(output: Any) -> Any:
+    return next((cache for name in _CACHES if (cache := getattr(output, name, None)) is not None), None)
+
+
+def branch(cache: Any, depth: int | None = None) -> Any:
+    """A cache to which a forward adds without changing this one, whose tensors stay where they are.
+
+    Args:
+        cache: of `Runner.new_cache`; `None` stays it.
+        depth: how many layers it is for, the first ones; all if not given.
+    """
+    if cache is None:
+        return None
+    made = copy.copy(cache)
+    # A layer puts new tensors in place of its old ones.
+    made.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in made.layers[len(made.layers) if depth is None else depth :]:
+        layer.reset()
+    return made

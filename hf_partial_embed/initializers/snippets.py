@@ -5,17 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import PartialEmbeddingError, shorten
 from ..tokens.vocabulary import encode_all
 from .registry import InitRequest
 from .running import undisturbed
 
-__all__ = ["PROMPTS", "Snippet", "generate_texts", "keep_unseen", "snippets_of", "texts_for"]
+__all__ = [
+    "PROMPTS",
+    "Snippet",
+    "generate_texts",
+    "in_groups",
+    "sample_of",
+    "snippets_of",
+    "texts_for",
+]
 
 # Beginnings of the texts that a model writes about a token, if none are given.
 PROMPTS = ("This text is about {token}", "What is {token}?", "They said that {token}", "In short, {token}")
@@ -23,6 +31,9 @@ PROMPTS = ("This text is about {token}", "What is {token}?", "They said that {to
 # Text cut out on either side of a token, in characters for each id of context.
 _CHARACTERS = 12
 _TEXTS_AT_ONCE = 1000
+_PROMPTS_AT_ONCE = 64
+_TOKENS_AT_ONCE = 64  # so that what is kept of a model's run does not grow with the number of tokens
+_SAMPLE = 256  # snippets of all tokens that tell every group where its tokens do not come
 
 
 @dataclass(frozen=True)
@@ -82,11 +93,17 @@ def snippets_of(request: InitRequest, texts: Sequence[str], *, context: int, lim
     return snippets
 
 
-def keep_unseen(rows: Tensor, start: Tensor, snippets: Sequence[Snippet]) -> Tensor:
-    """The rows, but for those of tokens without a snippet the start: nothing says where they should be."""
-    seen = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-    seen[[snippet.token for snippet in snippets]] = True
-    return torch.where(seen[:, None], rows, start)
+def in_groups(snippets: Iterable[Snippet]) -> list[dict[int, list[Snippet]]]:
+    """Snippets by token, for the tokens that are fitted at once."""
+    found: dict[int, list[Snippet]] = {}
+    for snippet in snippets:
+        found.setdefault(snippet.token, []).append(snippet)
+    return [{token: found[token] for token in group} for group in _parts(sorted(found), _TOKENS_AT_ONCE)]
+
+
+def sample_of(snippets: Sequence[Snippet]) -> list[Snippet]:
+    """Some of them, from all over."""
+    return list(snippets[:: max(1, len(snippets) // _SAMPLE)][:_SAMPLE])
 
 
 def _around_pieces(
@@ -125,7 +142,6 @@ def _around_added(
     rows = {token: row for row, token in enumerate(request.tokens) if preview is None or preview.ids[row] is None}
     if not rows:
         return
-    # A tokenizer finds the longest added token that begins at a place.
     pattern = _pattern(rows)
     found: dict[int, list[tuple[str, str, str]]] = {row: [] for row in rows.values()}
     reach = context * _CHARACTERS
@@ -169,7 +185,7 @@ def _align(
     )
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
     """Length of the common prefix."""
     length = 0
     while length < min(len(a), len(b)) and a[length] == b[length]:
@@ -197,7 +213,8 @@ def texts_for(
         `PartialEmbeddingError`: there are no texts, and the model cannot generate.
     """
     given = list(texts or ())
-    there = {match for text in given for match in _pattern(request.tokens).findall(text)}
+    pattern = _pattern(request.tokens)
+    there = {match for text in given for match in pattern.findall(text)}
     # One that only stands inside of another new token there has no text of its own to learn from.
     missing = {t for t in request.tokens if t not in there and not any(t in other for other in there)}
     lacking = [per_token if token in missing else 0 for token in request.tokens]
@@ -212,8 +229,24 @@ def texts_for(
 
 
 def _pattern(tokens: Iterable[str]) -> re.Pattern[str]:
-    # A tokenizer finds the longest added token that begins at a place.
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+    """Finds the longest token that begins at a place, as a tokenizer does with added tokens."""
+    return re.compile(_any_of(sorted(set(tokens))))
+
+
+def _any_of(words: list[str]) -> str:
+    """An expression for any of some sorted words, with what they have in common written once: `re` tries alternatives
+    one after another, and would try thousands of them at each place.
+    """
+    shared = words[0][: _common(words[0], words[-1])]
+    tails = [word[len(shared) :] for word in words]
+    longer = [_any_of(list(own)) for _, own in groupby(filter(None, tails), key=lambda tail: tail[0])]
+    if not longer:
+        return re.escape(shared)
+    return f"{re.escape(shared)}(?:{'|'.join(longer)}){'' if tails[0] else '?'}"
+
+
+def _parts(items: list[int], size: int) -> Iterator[list[int]]:
+    return (items[first : first + size] for first in range(0, len(items), size))
 
 
 def _can_generate(model: Any) -> bool:
@@ -262,7 +295,7 @@ def generate_texts(request: InitRequest, *, prompts: Sequence[str], numbers: Seq
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
         # Prompts of one length at a time need no padding, whose side models disagree on.
-        for indices in by_length.values():
+        for indices in chain(*(_parts(indices, _PROMPTS_AT_ONCE) for indices in by_length.values())):
             prompted = torch.tensor([encoded[index] for index in indices], device=device)
             out = model.generate(
                 input_ids=prompted,

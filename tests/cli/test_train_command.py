@@ -15,6 +15,7 @@ from hf_partial_embed.cli import train
 from hf_partial_embed.cli.data import read_data, split
 from hf_partial_embed.cli.main import main
 from hf_partial_embed.errors import PartialEmbeddingError
+from hf_partial_embed.initializers import distill, snippets
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -146,6 +147,26 @@ def test_interrupted_and_resumed_is_as_never_interrupted(place, monkeypatch, cap
     assert run(place, *options, "--force", "--resume", "--learning-rate", 0.5) == 2
     assert "learning_rate ('auto', now 0.5)" in capsys.readouterr().err
     assert run(place, *options, "--force", "--resume") == 0
+    assert torch.equal(rows_of(place).input_rows, whole)
+    assert not (place / "out.training").exists()
+
+
+def test_interrupted_distillation_goes_on_behind_the_tokens_that_are_finished(place, monkeypatch):
+    monkeypatch.setattr(snippets, "_TOKENS_AT_ONCE", 1)
+    options = ["--init", "distill", "--steps", 0, "--no-picture"]
+    assert run(place, *options) == 0
+    whole, lesson, taught = rows_of(place).input_rows, distill.Lesson, []
+
+    def stops(*args, **kwargs):
+        taught.append(1)
+        if len(taught) == 2:
+            raise KeyboardInterrupt
+        return lesson(*args, **kwargs)
+
+    monkeypatch.setattr(distill, "Lesson", stops)
+    assert run(place, *options, "--force") == 130
+    assert run(place, *options, "--force", "--resume") == 0
+    assert len(taught) == 3
     assert torch.equal(rows_of(place).input_rows, whole)
     assert not (place / "out.training").exists()
 

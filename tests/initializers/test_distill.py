@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from added import add_tokens
+from allocations import Allocations
 from conftest import CORPUS, TOKENIZERS, bpe_tokenizer, build_model, snapshot, table_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from hf_partial_embed import PartialEmbeddingError, choose_tokens
-from hf_partial_embed.initializers import CachedHead, Distill, InitRequest
+from hf_partial_embed.initializers import CachedHead, Distill, InitRequest, distill, snippets
 from hf_partial_embed.initializers.head import CachedStates
 from hf_partial_embed.initializers.running import Runner, decoder_layers, undisturbed
-from hf_partial_embed.initializers.snippets import snippets_of
+from hf_partial_embed.initializers.snippets import _pattern, snippets_of
 from hf_partial_embed.tokens.vocabulary import encode_all
 
 TOKENS = [" dysprosium", " story"]
@@ -92,6 +96,12 @@ class TestSnippets:
             return
         assert snippet.start <= context and snippet.following <= context
         assert tokenizer.decode(snippet.original) in before + token + after
+
+    @settings(max_examples=100, deadline=None)
+    @given(st.lists(st.text("ab (", min_size=1, max_size=6), min_size=1, max_size=12), st.text("ab (", max_size=40))
+    def test_longest_token_at_a_place_is_found(self, tokens, text):
+        longest_first = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+        assert _pattern(tokens).findall(text) == longest_first.findall(text)
 
     def test_token_without_a_text_is_named(self):
         request = request_of(build_model(), bpe_tokenizer(), [" story", " zqx"])
@@ -239,13 +249,114 @@ class TestDistill:
             add_tokens(model, bpe_tokenizer(), TOKENS, init=Distill(TEXTS))
 
 
+class TestManyTokens:
+    """Tokens are taken in groups, whose size is no option: here it is smaller than the number of tokens."""
+
+    WORDS = (" dysprosium", " story", " element", " periodic")
+
+    def rows(self, init, *, tied=True, seed=0):
+        tokens = list(self.WORDS)
+        return add_tokens(lively(tied=tied), bpe_tokenizer(), tokens, init=init, seed=seed).token_rows().input_rows
+
+    def texts(self):
+        return [f"The {word} of{token} is a {word}." for word in ("name", "token", "word") for token in self.WORDS]
+
+    def test_interrupted_and_resumed_is_as_never_interrupted(self, tied, monkeypatch, tmp_path):
+        monkeypatch.setattr(snippets, "_TOKENS_AT_ONCE", 1)
+        init, whole = Distill(self.texts(), steps=4), distill.Lesson
+        expected = self.rows(init, tied=tied)
+        taught = []
+
+        def lesson(*args, **options):
+            taught.append(1)
+            if len(taught) == 3:
+                raise KeyboardInterrupt
+            return whole(*args, **options)
+
+        monkeypatch.setattr(distill, "Lesson", lesson)
+        init = replace(init, resume=tmp_path / "finished")
+        with pytest.raises(KeyboardInterrupt):
+            self.rows(init, tied=tied)
+        assert len(list((tmp_path / "finished").iterdir())) == 2
+        assert torch.equal(self.rows(init, tied=tied), expected)
+        assert len(taught) == 3 + 2
+        assert torch.equal(self.rows(init, tied=tied), expected)
+        assert len(taught) == 3 + 2
+
+    def test_what_another_run_or_an_accident_has_left_is_refused(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(snippets, "_TOKENS_AT_ONCE", 2)
+        init = Distill(self.texts(), steps=1, resume=tmp_path)
+        self.rows(init)
+        for other in (replace(init, texts=self.texts()[:8]), replace(init, learning_rate=0.2), replace(init, layer=2)):
+            with pytest.raises(PartialEmbeddingError, match="another model or for other tokens, texts, settings"):
+                self.rows(other)
+        with pytest.raises(PartialEmbeddingError, match="another seed"):
+            self.rows(init, seed=1)
+        path = sorted(tmp_path.iterdir())[1]
+        good = path.read_bytes()
+        for bad in (good[:-1] + bytes([good[-1] ^ 1]), good[:-4], b""):
+            path.write_bytes(bad)
+            with pytest.raises(PartialEmbeddingError, match=r"group-00001\.safetensors .*damaged.* to begin anew"):
+                self.rows(init)
+
+    def test_the_body_counts_as_the_model(self, tmp_path):
+        init = Distill(self.texts(), steps=1, resume=tmp_path)
+        self.rows(init)
+        model = lively()
+        with torch.no_grad():
+            next(decoder_layers(model)[0].parameters()).mul_(1.01)
+        with pytest.raises(PartialEmbeddingError, match="another model"):
+            add_tokens(model, bpe_tokenizer(), list(self.WORDS), init=init)
+
+    def test_the_size_of_a_group_changes_a_row_by_rounding_and_by_the_output_of_its_fellows(self, tied, monkeypatch):
+        most = 0.05 if tied else 1e-3
+        init, made = Distill(self.texts(), steps=8), []
+        start = self.rows("subtoken_mean", tied=tied)
+        for size in (1, 4):
+            monkeypatch.setattr(snippets, "_TOKENS_AT_ONCE", size)
+            made.append(self.rows(init, tied=tied))
+        assert (made[0] - made[1]).norm() < most * (made[0] - start).norm()
+
+    def test_memory_does_not_grow_with_the_number_of_tokens(self, monkeypatch):
+        monkeypatch.setattr(snippets, "_TOKENS_AT_ONCE", 1)
+        largest = []
+        for count in (1, 4):
+            texts = [text for text in self.texts() if any(word in text for word in self.WORDS[:count])]
+            model, tokenizer = lively(), bpe_tokenizer()
+            request = request_of(model, tokenizer, list(self.WORDS[:count]))
+            with Allocations() as seen:
+                Distill(texts, steps=2, batch_size=2)(request)
+            largest.append(seen.largest()[0])
+        assert largest[1] <= largest[0] * 1.1
+
+    def test_model_without_a_cache_runs_the_whole_text(self, monkeypatch):
+        init = Distill(self.texts(), steps=4)
+        expected = self.rows(init, tied=False)
+        monkeypatch.setattr(Runner, "new_cache", lambda self: None)
+        found = self.rows(init, tied=False)
+        start = self.rows("subtoken_mean", tied=False)
+        assert (found - expected).norm() < 1e-3 * (expected - start).norm()
+
+
 class TestCachedHead:
+    def test_groups_of_tokens_are_fitted_nearly_as_all_at_once(self, monkeypatch):
+        made = []
+        for size in (1, 64):
+            monkeypatch.setattr(snippets, "_TOKENS_AT_ONCE", size)
+            made.append(
+                add_tokens(lively(tied=False), bpe_tokenizer(), TOKENS, init=CachedHead(TEXTS))
+                .token_rows()
+                .output_rows
+            )
+        start = add_tokens(lively(tied=False), bpe_tokenizer(), TOKENS).token_rows().output_rows
+        assert (made[0] - made[1]).norm() < 0.3 * (made[1] - start).norm()
+
     @pytest.mark.parametrize("kind", ["llama", "phi", "gpt2"])
     @pytest.mark.parametrize("frequency", [0.3, 1e-3])
     def test_cached_loss_is_that_of_the_model_with_every_token_as_frequent_as_said(self, kind, frequency):
         model, tokenizer = lively(kind, tied=False), bpe_tokenizer()
         snippets = snippets_of(request_of(model, tokenizer), TEXTS, context=16, limit=8)
-        cached = CachedStates(model, snippets, 3, frequency)
+        cached = CachedStates.of(model, snippets, 3, frequency)
         partial = add_tokens(model, tokenizer, TOKENS)
         rows = partial.token_rows()
         bias = None if rows.output_bias is None else rows.output_bias.double()
@@ -275,7 +386,7 @@ class TestCachedHead:
         found = partial.token_rows().output_rows.double()
         partial.detach()
         snippets = snippets_of(request_of(model, tokenizer), TEXTS, context=16, limit=8)
-        cached = CachedStates(model, snippets, 12, init.frequency)
+        cached = CachedStates.of(model, snippets, 12, init.frequency)
         penalty = init.penalty * cached.states.square().mean()
         objective = lambda rows: (cached.loss(rows, None) + penalty * (rows - start).square().sum() / 2).item()  # noqa: E731
         assert objective(found) < objective(start)
