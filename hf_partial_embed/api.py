@@ -16,8 +16,8 @@ from .attachment.partial import PartialEmbedding, TokenRows, attach_rows
 from .attachment.traps import warn_of_traps
 from .errors import PartialEmbeddingError, shorten
 from .evaluation.reuse import plan_reuse
-from .initializers import Initializer, resolve
 from .initializers.initial_values import initial_values, new_rows
+from .initializers.registry import Initializer
 from .layout.tables import VocabularyLayout, find_layout
 from .modules.splitting import check_ids
 from .tokens.added import (
@@ -98,6 +98,8 @@ def add_tokens(
             tokens that cannot enter the vocabulary, if that was asked for; a model whose vocabulary cannot grow;
             arguments that do not fit. Model and tokenizer are unchanged.
     """
+    from .initializers.by_name import resolve
+
     tokenizer = plain_tokenizer(tokenizer, needed=True)
     starts: Mapping[Any, Any] = tokens if isinstance(tokens, Mapping) else {}
     listed = list(tokens) if isinstance(tokens, Iterable) and not isinstance(tokens, str) else tokens
@@ -195,6 +197,8 @@ def train_tokens(
             changed.
     """
     if init is not None:
+        from .initializers.by_name import resolve
+
         resolve(init)
     values: Any = tokens.tolist() if isinstance(tokens, Tensor) else tokens
     if isinstance(values, (str, AddedToken)) or not isinstance(values, Iterable):

@@ -8,13 +8,19 @@ input rows are made of input rows and head rows of head rows. Register one under
 
 from __future__ import annotations
 
-from .distill import Distill
-from .donor import Donor
-from .head import CachedHead
-from .pieces import Copy, Description, Positional, subtoken_mean
-from .registry import INITIALIZERS, Initializer, InitRequest, initial_rows, register, resolve
-from .table import MultivariateNormal, mean
-from .vectors import Vectors, entmax15, sparsemax
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .by_name import INITIALIZERS, initial_rows, register, resolve
+    from .distill import Distill
+    from .donor import Donor
+    from .head import CachedHead
+    from .pieces import Copy, Description, Positional, subtoken_mean
+    from .registry import Initializer, InitRequest
+    from .table import MultivariateNormal, mean
+    from .vectors import Vectors, entmax15, sparsemax
 
 __all__ = [
     "INITIALIZERS",
@@ -36,3 +42,17 @@ __all__ = [
     "sparsemax",
     "subtoken_mean",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        **dict.fromkeys(("INITIALIZERS", "initial_rows", "register", "resolve"), "by_name"),
+        **dict.fromkeys(("InitRequest", "Initializer"), "registry"),
+        **dict.fromkeys(("Copy", "Description", "Positional", "subtoken_mean"), "pieces"),
+        **dict.fromkeys(("MultivariateNormal", "mean"), "table"),
+        **dict.fromkeys(("Vectors", "entmax15", "sparsemax"), "vectors"),
+        "CachedHead": "head",
+        "Distill": "distill",
+        "Donor": "donor",
+    },
+)

@@ -14,7 +14,7 @@ from ..errors import PartialEmbeddingError, shorten
 from ..layout.tables import VocabularyLayout
 from ..tokens.entering import Entering, Preview
 from ..tokens.vocabulary import encode_all
-from .registry import Initializer, InitRequest, initial_rows
+from .registry import Initializer, InitRequest
 
 __all__ = ["initial_values", "new_rows"]
 
@@ -71,6 +71,8 @@ def initial_values(
         preview: the tokenizer as it is going to be, where tokens become pieces of its vocabulary.
         ids: rows that the tokens will take, where these exist: what stands there is no trained row.
     """
+    from .by_name import initial_rows  # all initialisers, which a program that only loads rows does not need
+
     texts = [token.content for token in tokens]
     given: list[Any] = starts or [None] * len(texts)
     for text, start in zip(texts, given, strict=True):

@@ -17,7 +17,6 @@ from ..errors import FrozenRowsChangedError, PartialEmbeddingError
 from ..modules.mask import unwrap_optimizer
 from .chunked_loss import ChunkedLoss
 from .diagnostics import RowDiagnostics
-from .elsewhere import Elsewhere
 from .frozen_prefix import FrozenPrefix
 from .optimizers import (
     ExactRows,
@@ -107,7 +106,11 @@ class PartialEmbeddingCallback(TrainerCallback):
         if not isinstance(frozen_prefix, (bool, PrefixCache)) and frozen_prefix != "cache":
             raise PartialEmbeddingError(f"frozen_prefix={frozen_prefix!r} must be a bool, 'cache' or a PrefixCache.")
         self.frozen_prefix = PrefixCache() if frozen_prefix == "cache" else frozen_prefix
-        self._elsewhere = None if elsewhere is None else Elsewhere(self.partials, elsewhere)
+        self._elsewhere = None
+        if elsewhere is not None:
+            from .elsewhere import Elsewhere
+
+            self._elsewhere = Elsewhere(self.partials, elsewhere)
         self._additions = self._make_additions()
         self._watch: RowWatch | None = None
         self._steps: OwnGroup | None = None

@@ -369,7 +369,9 @@ class TestCallables:
         )
 
     def test_registered_name(self, monkeypatch):
-        monkeypatch.setattr("hf_partial_embed.initializers.registry.INITIALIZERS", dict(INITIALIZERS))
+        copied = dict(INITIALIZERS)
+        for module in ("registry", "by_name"):
+            monkeypatch.setattr(f"hf_partial_embed.initializers.{module}.INITIALIZERS", copied)
 
         @register("sevens")
         def sevens(request):
