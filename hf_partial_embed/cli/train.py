@@ -199,7 +199,11 @@ def _add(
     if options.init not in ("auto", "distill"):
         return add(options.init), options.init == "distill"
     try:
-        return add(Distill(texts=texts)), True
+        try:
+            return add(Distill(texts=texts)), True
+        except PartialEmbeddingError:
+            # A token that only begins or ends texts has context where they are read one behind the other.
+            return add(Distill(texts=["\n".join(texts[at : at + 20]) for at in range(0, len(texts), 20)])), True
     except PartialEmbeddingError as error:
         if options.init == "distill":
             raise
