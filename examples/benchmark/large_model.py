@@ -9,15 +9,14 @@ whose rows are float32, trains with gradient checkpointing in a Trainer, and sav
 `load` puts the saved rows on the base; `verify` compares base and merged checkpoint piece by piece. With `--offload`
 the layers stay on the disk, and are read for each forward and backward.
 
-The table has, for each moment, the peak of the process's memory so far (`ru_maxrss`, what it had before it loaded the
-model taken off), beside the size of the model.
+The table has, for each moment, the peak of the process's memory so far (`VmHWM`, what it had before it loaded the model
+taken off), beside the size of the model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -47,8 +46,12 @@ TOKENS = [f"<new{number}>" for number in range(100)]
 
 
 def peak() -> int:
-    """Bytes that this process has had in memory at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes that this process has had in memory at most, as Linux counts them."""
+    # Not `ru_maxrss`, which a process takes over from the one that started it.
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("This script reads /proc/self/status, which Linux has.")
 
 
 def write_base(folder: Path, size: str) -> int:

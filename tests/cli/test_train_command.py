@@ -100,6 +100,13 @@ def test_texts_without_the_tokens_show_where_they_do_not_belong(place, monkeypat
     assert seen[-1] is None and "--elsewhere FILE" in caplog.text
 
 
+def test_rows_are_distilled_where_a_token_only_begins_texts(place, caplog):
+    (place / "tokens.txt").write_text("dysprosium\n")
+    (place / "data.txt").write_text("".join(f"dysprosium is number {n}.\nThe story goes on.\n" for n in range(9)))
+    assert run(place, "--steps", 1, "--held-out", 0) == 0
+    assert "cannot be distilled" not in caplog.text
+
+
 def test_tokens_chosen_from_the_data(place):
     assert run(place, "--count", 3, "--steps", 1, tokens=False) == 0
     assert 1 <= len(rows_of(place)) <= 3
