@@ -9,8 +9,8 @@ whose rows are float32, trains with gradient checkpointing in a Trainer, and sav
 `load` puts the saved rows on the base; `verify` compares base and merged checkpoint piece by piece. With `--offload`
 the layers stay on the disk, and are read for each forward and backward.
 
-The table has, for each moment, the peak of the process's memory so far (`VmHWM`, what it had before it loaded the model
-taken off), beside the size of the model.
+The table has, for each moment, the peak of the process's memory so far (`VmHWM`, what it had before it loaded the
+model taken off), beside the size of the model.
 """
 
 from __future__ import annotations
