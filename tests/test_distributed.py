@@ -1,8 +1,8 @@
 """Rows in two real processes (gloo): DDP, FSDP2 directly, by accelerate and by transformers, FSDP1, DeepSpeed ZeRO.
 
-Each engine is started once and runs all of its cases, which are in `distributed_cases.py`. FSDP1, and FSDP2 in a
-Trainer and as transformers loads it, are run with the slow tests, and so is DeepSpeed, which is not among what the
-tests install (`DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed`):
+Each engine is started once and runs all of its cases, which are in `distributed_cases.py`. DDP and FSDP2 in a loop of
+one's own are run by default. With the slow tests come both in a Trainer, FSDP1, FSDP2 as transformers loads it, and
+DeepSpeed, which is not among what the tests install (`DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed`):
 
     python -m pytest -m slow tests/test_distributed.py
 """
@@ -16,7 +16,7 @@ from distributed_cases import OTHERS, SETTINGS, TRAININGS
 from two_processes import open_store, results
 
 CASES = [setting.name for setting in SETTINGS]
-SLOW = {"fsdp1", "fsdp2-trainer", "fsdp2-transformers"}
+SLOW = {"ddp-trainer", "fsdp1", "fsdp2-trainer", "fsdp2-transformers"}
 
 
 def marked(engine: str, *values: str):
