@@ -190,9 +190,12 @@ def table_of(model, which: str = "input") -> torch.Tensor:
     return dict(module.named_parameters(recurse=False))["weight"].detach()
 
 
+# What runs in several processes or compiles takes longest: it begins first, and the other workers have enough to do.
+LONGEST = ("test_distributed.py", "test_chunked_loss.py", "test_injected_faults.py", "test_cost.py", "test_hub.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs in several processes first: it takes longest, and the other workers have enough to do meanwhile."""
-    items.sort(key=lambda item: item.path.name != "test_distributed.py")
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture
