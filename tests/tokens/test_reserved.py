@@ -270,8 +270,8 @@ class TestBadInput:
 
 
 def real_tokenizers() -> dict[str, Path]:
-    """Folders of real tokenizer files, where `HF_PARTIAL_EMBED_TOKENIZERS` names the folder that has them."""
-    folder = os.environ.get("HF_PARTIAL_EMBED_TOKENIZERS")
+    """Folders of real tokenizer files, where `REAL_TOKENIZERS` names the folder that has them."""
+    folder = os.environ.get("REAL_TOKENIZERS")
     files = sorted(Path(folder).glob("*/package/models/tokenizer.json")) if folder else []
     return {path.parents[2].name: path.parent for path in files}
 
@@ -281,7 +281,7 @@ def real_tokenizers() -> dict[str, Path]:
 def test_real_tokenizers(name, tmp_path):
     folder = real_tokenizers().get(name)
     if folder is None:
-        pytest.skip("set HF_PARTIAL_EMBED_TOKENIZERS to a folder with NAME/package/models/tokenizer.json")
+        pytest.skip("set REAL_TOKENIZERS to a folder with NAME/package/models/tokenizer.json")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if name == "llama2":  # transformers itself reads what follows `<s>` in another way after a save and a reload
         tokenizer.save_pretrained(tmp_path / "base")
