@@ -249,7 +249,7 @@ def test_llama_cpp_reads_chosen_and_reserved_tokens_and_answers_with_the_same_id
     expected = [_greedy(plain, prompt) for prompt in prompts]
     assert found["answers"] == expected
     print(f"{name}: {len(prompts)} greedy answers of {_LENGTH} ids equal, {_count(expected, new)} ids of them new")
-    assert expected[0][0] == tools.token_ids[1] and expected[1][0] in new
+    assert expected[0][0] in new and expected[1][0] in new, "a new token begins an answer"
     print(f"{name}: {len(seen)} of {len(new)} new tokens seen")
     assert set(tools.token_ids) <= seen and len(seen) > 0.9 * len(new)
     assert not reserved or max(tools.token_ids) < min(words.token_ids)  # ids of the base
