@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .running import Runner, branch
+from .running import LARGEST_ERROR, Runner, branch
 from .snippets import Snippet
 
 __all__ = ["Lesson", "can_reuse", "fit", "trimmed"]
@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 _LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _EVERY = 4  # of the positions before a token one is an example of where it does not come
 _BETAS = (0.9, 0.99)
-_LARGEST_ERROR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 
 
 def trimmed(snippet: Snippet, following: int) -> Snippet:
@@ -165,7 +164,7 @@ def can_reuse(runner: Runner, layer: nn.Module, snippet: Snippet) -> bool:
         parted = runner.until(layer, [ids[start:]], cache=cache)[0].float()
         error = float((parted - whole).norm() / whole.norm())
         reason = f"the states differ by {error:.1g}"
-        fits = error <= _LARGEST_ERROR.get(next(layer.parameters()).dtype, 5e-2)
+        fits = error <= LARGEST_ERROR.get(next(layer.parameters()).dtype, 5e-2)
     except Exception as found:  # noqa: BLE001 whatever goes wrong, running all of it is there
         fits, reason = False, f"{type(found).__name__}: {found}"
     if not fits:

@@ -15,10 +15,13 @@ from transformers import DynamicCache
 
 from ..errors import PartialEmbeddingError
 
-__all__ = ["Runner", "branch", "decoder_layers", "undisturbed"]
+__all__ = ["CACHES", "LARGEST_ERROR", "Runner", "branch", "decoder_layers", "undisturbed"]
 
 
-_CACHES = ("cache", "past_key_values")  # what `transformers` calls keys and values, since 5.24 and before
+CACHES = ("cache", "past_key_values")  # what `transformers` calls keys and values, since 5.24 and before
+
+# Relative difference within which a text run in two parts, on its first part's cache, is the same as run whole.
+LARGEST_ERROR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 
 
 class _Reached(Exception):
@@ -94,7 +97,7 @@ class Runner:
         self.scale = 1.0 if table is None else self._scale(table)
         parameters = inspect.signature(model.forward).parameters
         open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        self.cache_name = next((name for name in _CACHES if name in parameters), None)
+        self.cache_name = next((name for name in CACHES if name in parameters), None)
         self.options = {"use_cache": False} if open_ended or "use_cache" in parameters else {}
 
     @torch.no_grad()
@@ -229,7 +232,7 @@ class Runner:
 
 
 def _cache_of(output: Any) -> Any:
-    return next((cache for name in _CACHES if (cache := getattr(output, name, None)) is not None), None)
+    return next((cache for name in CACHES if (cache := getattr(output, name, None)) is not None), None)
 
 
 def branch(cache: Any, depth: int | None = None) -> Any:

@@ -25,6 +25,7 @@ from transformers.utils.generic import ModelOutput
 
 from ..attachment.additions import Addition
 from ..errors import PartialEmbeddingError
+from ..initializers.running import CACHES, LARGEST_ERROR
 from ..modules.rows import PartialModule
 from .prefix_cache import PrefixCache
 
@@ -34,11 +35,9 @@ logger = logging.getLogger(__name__)
 
 # A prefix that is a smaller part of the sequence does not pay for a second pass through the layers.
 _WORTH = 1 / 16
-_LARGEST_ERROR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 _TOKENS = ("input_ids", "attention_mask", "position_ids")
 # What a model may be given that its hidden states do not depend on.
 _HARMLESS = ("labels", "num_items_in_batch", "use_cache")
-_CACHES = ("cache", "past_key_values")  # what `transformers` calls the cache, since 5.24 and before
 
 
 class FrozenPrefix(Addition):
@@ -151,7 +150,7 @@ class FrozenPrefix(Addition):
                 hidden, more = before.last_hidden_state, _others(before)
                 frequencies = self._buffers()
             else:
-                name = next(name for name in _CACHES if name in self._names)
+                name = next(name for name in CACHES if name in self._names)
                 hidden, cache, frequencies = self._from_cache(length, kwargs, kept, name)
                 more = []
         with _SharedMasks():
@@ -367,7 +366,7 @@ def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
     errors = [
         float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(found, expected, strict=True)
     ]
-    beyond = [error for error in errors if not error <= _LARGEST_ERROR[expected[0].dtype]]
+    beyond = [error for error in errors if not error <= LARGEST_ERROR[expected[0].dtype]]
     return beyond[0] if beyond else 0.0
 
 
@@ -383,7 +382,7 @@ def _asks_for_more(kwargs: dict[str, Any]) -> bool:
 
 
 def _cache_of(output: Any) -> tuple[str, Any]:
-    for name in _CACHES:
+    for name in CACHES:
         cache = getattr(output, name, None)
         if cache is not None:
             return name, cache
@@ -391,7 +390,7 @@ def _cache_of(output: Any) -> tuple[str, Any]:
 
 
 def _others(output: ModelOutput) -> list[str]:
-    return [name for name in output if name not in ("last_hidden_state", *_CACHES)]
+    return [name for name in output if name not in ("last_hidden_state", *CACHES)]
 
 
 def _random_state(device: torch.device) -> list[Tensor]:
