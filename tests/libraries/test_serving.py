@@ -20,7 +20,6 @@ import pytest
 import torch
 from conftest import bpe_tokenizer, build_model, logits_of
 from real_tokenizers import real_tokenizer, sources
-from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_partial_embed import add_tokens, choose_tokens
@@ -190,10 +189,6 @@ def _count(answers, ids):
 
 def _tokenizer_and_reserved(name, folder):
     tokenizer = real_tokenizer(name, folder)
-    if name == "smollm2":  # Read from a GGUF file, it lacks the step that the model was trained with.
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), tokenizer.backend_tokenizer.pre_tokenizer]
-        )
     reserved = {
         "llama3_2": ["<|reserved_special_token_0|>", "<|reserved_special_token_1|>"],
         "smollm2": ["<jupyter_start>", "<jupyter_text>"],
