@@ -50,7 +50,7 @@ def _convert(options: argparse.Namespace) -> int:
         check_out(options)
         with fresh_folder(options) as folder:
             if options.to == "rows":
-                rows.save_pretrained(folder)
+                rows._save(folder, repo_id=options.out)
             elif options.to == "peft":
                 _write_peft(rows, folder, options)
             else:

@@ -1,4 +1,4 @@
-"""The texts that `train` is given: a file, a saved data set or one of the Hub, and the part that is held out."""
+"""The texts that commands are given: a file, a saved data set or one of the Hub, and the part that is held out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import PartialEmbeddingError
 
-__all__ = ["Texts", "read_data", "split"]
+__all__ = ["Texts", "read_data", "read_file", "split"]
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,18 @@ def read_data(source: str, *, split: str, column: str | None) -> Texts:
         `PartialEmbeddingError`: it cannot be read, is empty, or has records of another kind; says where.
     """
     path = Path(source)
-    if path.is_file():
-        as_json = path.suffix in (".json", ".jsonl")
-        records: Iterable[tuple[str, Any]] = (
-            (where, _json(where, line) if as_json else line) for where, line in _lines(path)
-        )
-    else:
-        records = _dataset(source, split)
+    return read_file(path, column) if path.is_file() else _texts(source, _dataset(source, split), column)
+
+
+def read_file(path: Path, column: str | None = None) -> Texts:
+    """The texts of a file, as `read_data` reads it."""
+    as_json = path.suffix in (".json", ".jsonl")
+    return _texts(
+        str(path), ((where, _json(where, line) if as_json else line) for where, line in _lines(path)), column
+    )
+
+
+def _texts(source: str, records: Iterable[tuple[str, Any]], column: str | None) -> Texts:
     found = [_value(where, record, column) for where, record in records]
     found = [value for value in found if value if not isinstance(value, str) or value.strip()]
     if not found:
@@ -146,7 +151,7 @@ def _dataset(source: str, split_name: str) -> Iterator[tuple[str, Any]]:
             data = data[split_name]
     except Exception as error:  # it raises errors of many libraries
         raise PartialEmbeddingError(
-            f"DATA {source!r} is no file, and cannot be read as a data set with --split {split_name}: "
+            f"DATA {source!r} is no file here, and cannot be read as a data set with --split {split_name}: "
             f"{type(error).__name__}: {error}"
         ) from error
     return _numbered(source, data)

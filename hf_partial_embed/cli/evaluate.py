@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from ..errors import PartialEmbeddingError
+from .data import read_file
+from .numbers import natural, whole_number
 from .output import OK, AddCommand, print_json, say
 
 __all__ = ["add_evaluate"]
@@ -27,34 +28,38 @@ def add_evaluate(command: AddCommand) -> None:
     made.add_argument("adapted", metavar="ADAPTED", help="rows, or a merged checkpoint")
     made.add_argument(
         "--texts", required=True, metavar="FILE",
-        help="a text a line; or .jsonl: JSON lines, each a string or an object with `text`",
+        help="a text a line; or .jsonl: JSON lines, each a string or an object with `text` or `messages`",
     )  # fmt: skip
+    made.add_argument("--column", metavar="NAME", help="field of the JSON lines (default: text, else messages)")
     made.add_argument("--picture", metavar="FILE", help="picture to be written (.png, .pdf, .svg)")
-    made.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows in a batch (default: 8)")
-    made.add_argument(
-        "--max-length", type=int, metavar="N", help="tokens in a window (default: the context, at most 4096)"
-    )
-    made.add_argument("--stride", type=int, metavar="N", help="tokens of context of further windows (default: half)")
-    made.add_argument("--time", type=int, default=0, metavar="N", help="time generation on N texts (default: 0)")
+    whole = {"type": whole_number, "metavar": "N"}
+    made.add_argument("--batch-size", default=8, help="windows in a batch (default: 8)", **whole)
+    made.add_argument("--max-length", help="tokens in a window (default: the context, at most 4096)", **whole)
+    made.add_argument("--stride", help="tokens of context of further windows (default: half)", **whole)
+    made.add_argument("--time", type=natural, default=0, metavar="N", help="time generation on N texts (default: 0)")
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    texts = _read_texts(Path(options.texts))
+    data = read_file(Path(options.texts), column=options.column)
     picture = None if options.picture is None else _picture(Path(options.picture))
     from ..evaluation.evaluate import evaluate
+    from ..files.pretrained import load_model, load_tokenizer
 
     arguments: dict[str, Any] = {
         "batch_size": options.batch_size, "max_length": options.max_length, "stride": options.stride,
         "timed_texts": options.time, "progress": not options.quiet,
     }  # fmt: skip
     if _is_checkpoint(Path(options.adapted)):
-        report = evaluate(options.base, options.adapted, texts, **arguments)
+        tokenizer = load_tokenizer(options.adapted)
+        texts = data.rendered(tokenizer)
+        report = evaluate(options.base, (load_model(options.adapted), tokenizer), texts, **arguments)
     else:
-        from ..api import load_tokens
-        from ..files.pretrained import load_model, load_tokenizer
+        from ..attachment.partial import TokenRows
 
-        model, tokenizer = load_model(options.base), load_tokenizer(options.base)
-        report = evaluate(None, load_tokens(model, tokenizer, options.adapted, trainable=False), texts, **arguments)
+        rows, tokenizer = TokenRows.from_pretrained(options.adapted), load_tokenizer(options.base)
+        texts = data.rendered(tokenizer)
+        partial = rows.attach(load_model(options.base), tokenizer, trainable=False)
+        report = evaluate(None, partial, texts, **arguments)
     if picture is not None:
         from ..evaluation.plot import plot_report
 
@@ -84,28 +89,3 @@ def _picture(path: Path) -> Path:
     if path.is_dir() or not path.parent.is_dir():
         raise PartialEmbeddingError(f"--picture {path}: there is no folder {path.parent}, or it is a folder itself.")
     return path
-
-
-def _read_texts(path: Path) -> list[str]:
-    """Texts of a file: its lines, or those of its JSON lines."""
-    try:
-        lines = [line for line in path.read_text("utf-8").split("\n") if line.strip()]
-    except (OSError, ValueError) as error:
-        raise PartialEmbeddingError(f"Cannot read the texts from {path}: {error}") from error
-    lines = [line.removesuffix("\r") for line in lines]
-    if path.suffix in (".jsonl", ".json"):
-        lines = [_text_of(path, number, line) for number, line in enumerate(lines, 1)]
-    if not any(lines):
-        raise PartialEmbeddingError(f"{path} has no text in it.")
-    return lines
-
-
-def _text_of(path: Path, number: int, line: str) -> str:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise PartialEmbeddingError(f"{path}, line {number}, is no JSON: {error}") from error
-    text = value.get("text") if isinstance(value, dict) else value
-    if not isinstance(text, str):
-        raise PartialEmbeddingError(f'{path}, line {number}, is neither a string nor an object with "text".')
-    return text

@@ -93,22 +93,24 @@ def _format_of(source: Path) -> str:
 
 
 def read_tokens(path: Path) -> list[str] | dict[str, str]:
+    """Tokens of a file, from each to its description where there are any.
+
+    Raises:
+        `PartialEmbeddingError`: it cannot be read, or has none.
+    """
     try:
         text = path.read_text("utf-8")
-        if path.suffix == ".json":
-            value = json.loads(text)
-            if isinstance(value, list) and all(isinstance(token, str) for token in value):
-                return value
-            if isinstance(value, dict) and all(isinstance(description, str) for description in value.values()):
-                return value
-            raise PartialEmbeddingError(
-                f"{path} must be a JSON list of tokens, or an object from each token to a description."
-            )
+        value = json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line]
     except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, PartialEmbeddingError):
-            raise
         raise PartialEmbeddingError(f"Cannot read the tokens from {path}: {error}") from error
-    return [line for line in text.splitlines() if line]
+    strings = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, (list, dict)) or not all(isinstance(entry, str) for entry in strings):
+        raise PartialEmbeddingError(
+            f"{path} must be a JSON list of tokens, or an object from each token to a description."
+        )
+    if not value:
+        raise PartialEmbeddingError(f"{path} has no token in it.")
+    return value
 
 
 def check_out(options: argparse.Namespace) -> None:

@@ -10,10 +10,11 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PartialEmbeddingError, count, visible
-from .data import read_data, split
+from ..errors import PartialEmbeddingError, count, shorten, visible
+from .data import Texts, read_data, split
 from .numbers import learning_rate, natural, positive, share, whole_number
 from .output import OK, AddCommand, add_out, check_out, fresh_folder, print_json, read_tokens, say
+from .trainer import precision, run_trainer
 from .unfinished import last_checkpoint, open_work, write_work
 
 if TYPE_CHECKING:
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["add_train"]
 
 logger = logging.getLogger(__name__)
-
-# Of the rate that rows at the mean of their pieces train at: distilled ones have less way to go, and forget the texts
-# less that were not trained on. SmolLM2-135M, element names: 0.001 for 0.0095.
-_AFTER_DISTILLATION = 0.1
 
 
 def add_train(command: AddCommand) -> None:
@@ -104,49 +101,14 @@ def _train(options: argparse.Namespace) -> int:
     tokens = None if options.count else read_tokens(Path(options.tokens))
     data = read_data(options.data, split=options.split, column=options.column)
     elsewhere = options.elsewhere and read_data(options.elsewhere, split=options.split, column=options.column)
+    _check_packages(options)
     work = Path(f"{options.out.rstrip('/')}.training")
-    held = open_work(work, options)
-
-    from ..api import add_tokens
-    from ..files.hub import upload
-    from ..files.pretrained import load_model, load_tokenizer
-    from ..tokens.choosing import choose_tokens
-
-    tokenizer = load_tokenizer(options.model)
-    if tokenizer.pad_token_id is None:
-        raise PartialEmbeddingError(
-            "The tokenizer has no padding token, which batches of texts of different lengths need. Set one and save "
-            "it with the model (often the end-of-text token)."
-        )
-    training, held_out = split(data.rendered(tokenizer), options.held_out, options.seed)
-    if tokens is None:
-        tokens = held.get("tokens") or list(
-            choose_tokens(tokenizer, training, options.count, progress=not options.quiet)
-        )
-    model = load_model(options.model)
-    if options.body != "full":
-        model.requires_grad_(False)
-    checkpoint = last_checkpoint(work)
-    if checkpoint is None:
-        write_work(work, options, tokens=list(tokens) if options.count else None)
-        partial, distilled = _add(model, tokenizer, tokens, training, options, work / "distilled")
-    else:  # whose rows take the place of these
-        partial, distilled = add_tokens(model, tokenizer, tokens, special=options.special), held["distilled"]
-    write_work(work, options, tokens=list(tokens) if options.count else None, distilled=distilled)
-    wrapped = _with_body(partial, options)
-    given = elsewhere.rendered(tokenizer) if elsewhere else []
-    history = _run(wrapped, partial, training, given, data.conversations, checkpoint, distilled, work, options)
-    if options.body == "lora":
-        wrapped.merge_and_unload()
-    report = _measure(partial, held_out, options)
-    with fresh_folder(options) as folder:
-        _write(folder, partial, report, history, options)
+    with open_work(work, options) as held:
+        partial, report, history = _trained(tokens, data, elsewhere or None, work, held, options)
+        with fresh_folder(options) as folder:
+            _write(folder, partial, report, history, options)
     shutil.rmtree(work, ignore_errors=True)
-    url = None
-    if options.push_to_hub:
-        message = f"Upload {count(partial.token_ids, 'token row')}"
-        url = upload(Path(options.out) / "rows", options.push_to_hub, private=None, token=None, revision=None,
-                     commit_message=message, create_pr=False)  # fmt: skip
+    url = _pushed(partial, options) if options.push_to_hub else None
     if options.json:
         found_report = None if report is None else report.to_dict()
         return print_json(out=options.out, tokens=dict(zip(partial.tokens, partial.token_ids, strict=True)),
@@ -162,8 +124,6 @@ def _train(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse arguments that do not fit, before anything is loaded."""
-    from ..optional import need
-
     if bool(options.count) == bool(options.tokens):
         raise PartialEmbeddingError(
             "Give TOKENS, or --count N to have N tokens chosen from DATA" + (", not both." if options.count else ".")
@@ -178,19 +138,89 @@ def _check(options: argparse.Namespace) -> None:
         raise PartialEmbeddingError(f"--elsewhere needs a frozen body, not --body {options.body}.")
     if options.body_learning_rate is not None and options.body == "frozen":
         raise PartialEmbeddingError("--body-learning-rate needs --body lora or full; a frozen body has none.")
+    check_out(options)
+
+
+def _check_packages(options: argparse.Namespace) -> None:
+    """Refuse what needs other packages to find out; they take seconds to import."""
+    from ..initializers import resolve
+    from ..optional import need
+
+    if options.push_to_hub:
+        from ..files.hub import check_upload
+
+        check_upload(options.push_to_hub)
     need("accelerate", "train", "train")
     if options.body == "lora":
         need("peft", "train", "--body lora")
     if not options.no_picture and options.held_out:
         need("matplotlib.figure", "plot", "report.png (--no-picture does without it)")
-    from ..initializers import resolve
-
     if options.init != "auto":
         resolve(options.init)
-    check_out(options)
+    if options.bf16:
+        from transformers import TrainingArguments
+
+        try:
+            TrainingArguments(**precision(options))
+        except ValueError as error:
+            raise PartialEmbeddingError(f"--bf16 cannot be had here: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------- the steps of it
+
+
+def _trained(
+    tokens: list[str] | dict[str, str] | None, data: Texts, elsewhere: Texts | None, work: Path, held: dict[str, Any],
+    options: argparse.Namespace,
+) -> tuple[PartialEmbedding, EvaluationReport | None, list[dict[str, Any]]]:  # fmt: skip
+    """Add, start and train the rows; gives them, the report, and what was logged."""
+    from transformers import set_seed
+
+    from ..api import add_tokens
+    from ..files.pretrained import load_model, load_tokenizer
+    from ..tokens.choosing import choose_tokens
+
+    tokenizer = load_tokenizer(options.model)
+    if tokenizer.pad_token_id is None:
+        raise PartialEmbeddingError(
+            "The tokenizer has no padding token, which batches of texts of different lengths need. Set one and save "
+            "it with the model (often the end-of-text token)."
+        )
+    training, held_out = split(data.rendered(tokenizer), options.held_out, options.seed)
+    given = elsewhere.rendered(tokenizer) if elsewhere else []
+    if tokens is None:
+        tokens = held.get("tokens") or list(
+            choose_tokens(tokenizer, training, options.count, progress=not options.quiet)
+        )
+    elif options.steps != 0:
+        _check_occur(list(tokens), training)
+    model = load_model(options.model)
+    if options.body != "full":
+        model.requires_grad_(False)
+    decided = {"tokens": list(tokens) if options.count else None}
+    checkpoint = last_checkpoint(work)
+    if checkpoint is None:
+        write_work(work, options, **decided)
+        partial, distilled = _add(model, tokenizer, tokens, training, options, work / "distilled")
+    else:  # whose rows take the place of these
+        partial, distilled = add_tokens(model, tokenizer, tokens, special=options.special), held["distilled"]
+    write_work(work, options, **decided, distilled=distilled)
+    set_seed(options.seed)  # LoRA starts from random numbers
+    wrapped = _with_body(partial, options)
+    history = run_trainer(wrapped, partial, training, given, data.conversations, checkpoint, distilled, work, options)
+    if options.body == "lora":
+        wrapped.merge_and_unload()
+    return partial, _measure(partial, held_out, options), history
+
+
+def _check_occur(tokens: list[str], texts: list[str]) -> None:
+    """Refuse texts that teach nothing of any token; upper and lower case count as one, as for some tokenizers."""
+    wanted = [token.casefold().strip() for token in tokens]
+    if not any(token in text.casefold() for text in texts for token in wanted):
+        raise PartialEmbeddingError(
+            f"None of the tokens {shorten(tokens, 4)} occurs in the {count(texts, 'text')} of DATA to train on, which "
+            "would teach their rows nothing. Give texts that have them, written as the tokens are."
+        )
 
 
 def _add(
@@ -217,8 +247,9 @@ def _add(
     except PartialEmbeddingError as error:
         if options.init == "distill":
             raise
+        partial = add("subtoken_mean")  # raises what is wrong with the tokens themselves
         logger.warning("The rows start from the mean of their pieces, since they cannot be distilled: %s", error)
-        return add("subtoken_mean"), False
+        return partial, False
 
 
 def _with_body(partial: PartialEmbedding, options: argparse.Namespace) -> Any:
@@ -235,121 +266,6 @@ def _with_body(partial: PartialEmbedding, options: argparse.Namespace) -> Any:
     return model
 
 
-def _run(
-    model: Any, partial: PartialEmbedding, texts: list[str], elsewhere: list[str], rendered: bool,
-    checkpoint: str | None, distilled: bool, work: Path, options: argparse.Namespace,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Train; gives what was logged."""
-    if options.steps == 0:
-        return []
-    import torch
-    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments, set_seed
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-    from ..training.optimizers import auto_learning_rate
-
-    set_seed(options.seed)
-    tokenizer = partial.tokenizer
-    rate = options.learning_rate
-    if rate == "auto":
-        rate = auto_learning_rate(partial) * (_AFTER_DISTILLATION if distilled else 1.0)
-    body_rate = options.body_learning_rate or {"frozen": rate, "lora": 2e-4, "full": 2e-5}[options.body]
-    arguments = TrainingArguments(
-        output_dir=str(work),
-        max_steps=options.steps or -1,
-        num_train_epochs=options.epochs,
-        learning_rate=body_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        per_device_train_batch_size=options.batch_size,
-        train_sampling_strategy="group_by_length",
-        save_strategy="steps",
-        save_steps=options.save_steps,
-        save_total_limit=1,
-        logging_steps=10,
-        bf16=options.bf16,
-        seed=options.seed,
-        report_to=[],
-        disable_tqdm=options.quiet,
-        dataloader_pin_memory=torch.cuda.is_available(),  # it warns where there is nothing to pin for
-    )
-    callback, texts = _callback(partial, rate, texts, elsewhere, work, options)
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=_blocks(tokenizer, texts, options.max_length, special=not rendered),
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        callbacks=[callback],
-    )
-    for printing in (PrinterCallback, ProgressCallback):  # they print on standard output, which is the command's
-        trainer.remove_callback(printing)
-    if not options.quiet:
-        trainer.add_callback(_progress_bar(ProgressCallback))
-    trainer.train(resume_from_checkpoint=checkpoint)
-    return list(trainer.state.log_history)
-
-
-def _callback(
-    partial: PartialEmbedding,
-    rate: float,
-    texts: list[str],
-    elsewhere: list[str],
-    work: Path,
-    options: argparse.Namespace,
-) -> tuple[Any, list[str]]:
-    """The callback, and the texts to train on.
-
-    With a frozen body the rows learn nothing of texts without new tokens but where these do not belong, so such texts
-    are not trained on, but run once.
-    """
-    from ..training.callback import PartialEmbeddingCallback
-    from ..training.prefix_cache import PrefixCache
-
-    cache = PrefixCache(max(1, int(options.prefix_cache * 1e9)), work) if options.prefix_cache else None
-    made = functools.partial(
-        PartialEmbeddingCallback, partial, learning_rate=rate, chunked_loss=options.chunked_loss,
-        frozen_prefix=options.frozen_prefix if cache is None else cache,
-    )  # fmt: skip
-    if options.body != "frozen":
-        return made(), texts
-    new = set(partial.token_ids)
-    read = partial.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    without = [text for text, ids in zip(texts, read, strict=True) if new.isdisjoint(ids)]
-    if not elsewhere and not without:
-        logger.warning(
-            "Each text of DATA has a new token, so nothing shows where they do not belong. --elsewhere FILE with some "
-            "dozens of other texts would."
-        )
-        return made(), texts
-    try:
-        callback = made(elsewhere=elsewhere or without)
-    except PartialEmbeddingError as error:
-        if elsewhere:
-            raise
-        logger.warning("The texts of DATA without new tokens are trained on like the others: %s", error)
-        return made(), texts
-    left_out = set(without)
-    return callback, [text for text in texts if text not in left_out] or texts
-
-
-def _progress_bar(kind: Any) -> Any:
-    """The Trainer's bar on standard error, without the log that it writes to standard output."""
-
-    class Bar(kind):  # type: ignore[misc]
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
-                self.training_bar.set_postfix(loss=logs["loss"])
-
-    return Bar()
-
-
-def _blocks(tokenizer: Any, texts: list[str], length: int, *, special: bool) -> list[dict[str, list[int]]]:
-    """The texts as ids, long ones in parts; those of one id have nothing to predict."""
-    read = tokenizer(texts, add_special_tokens=special)["input_ids"]
-    parts = [ids[first : first + length] for ids in read for first in range(0, len(ids), length)]
-    return [{"input_ids": ids} for ids in parts if len(ids) > 1]
-
-
 def _measure(partial: PartialEmbedding, texts: list[str], options: argparse.Namespace) -> EvaluationReport | None:
     if not texts:
         return None
@@ -363,6 +279,22 @@ def _measure(partial: PartialEmbedding, texts: list[str], options: argparse.Name
     return evaluate(options.model, (partial.model, partial.tokenizer), texts, progress=progress)
 
 
+def _pushed(partial: PartialEmbedding, options: argparse.Namespace) -> str:
+    from ..files.hub import upload
+
+    message = f"Upload {count(partial.token_ids, 'token row')}"
+    try:
+        return upload(
+            Path(options.out) / "rows", options.push_to_hub, private=None, token=None, revision=None,
+            commit_message=message, create_pr=False,
+        )  # fmt: skip
+    except PartialEmbeddingError as error:
+        raise PartialEmbeddingError(
+            f"{error}\nAll is trained and saved in {options.out}: the rows can be published from there, by "
+            f"TokenRows.from_pretrained({options.out + '/rows'!r}).push_to_hub({options.push_to_hub!r})."
+        ) from error
+
+
 def _write(
     folder: Path, partial: PartialEmbedding, report: EvaluationReport | None, history: list[dict[str, Any]],
     options: argparse.Namespace,
@@ -370,12 +302,12 @@ def _write(
     from ..files.hub import add_to_card, merged_card, write_card
 
     rows, merged = folder / "rows", folder / "merged"
-    partial.save_pretrained(rows)
+    partial.token_rows()._save(rows, repo_id=options.push_to_hub or f"{options.out}/rows")
     partial.model.save_pretrained(merged)
     partial.tokenizer.save_pretrained(merged)
     card = merged_card(
         partial.tokens, base_model=options.model, repo_id=f"{options.out}/merged",
-        model_class=type(partial.model).__name__,
+        model_class=type(partial.model).__name__, entries=partial.entries,
     )  # fmt: skip
     write_card(merged, card)
     (folder / "training.json").write_text(json.dumps(history, indent=1) + "\n", "utf-8")

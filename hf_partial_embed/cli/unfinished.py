@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,25 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name not in _FREE}
 
 
-def open_work(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Look at what an interrupted run has left; gives what it had decided.
+@contextlib.contextmanager
+def open_work(work: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The place for what a resume would need; gives what an interrupted run had decided.
+
+    After an error it is gone again if there is nothing to go on from.
 
     Raises:
         `PartialEmbeddingError`: there is something and no --resume, or a --resume with nothing or with other settings.
     """
+    held = _found(work, options)
+    try:
+        yield held
+    except Exception:
+        if not any(path.is_file() and path.name != _SETTINGS for path in work.rglob("*")):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _found(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     if not options.resume:
         if work.exists() and not options.force:
             raise PartialEmbeddingError(

@@ -163,6 +163,8 @@ class EvaluationReport:
             parts += ["", *_columns(_token_lines(seen[:_SHOWN]), left=1)]
             if len(seen) > _SHOWN:
                 parts.append(f"... {len(seen) - _SHOWN} more in to_dict()")
+            if self.bits_per_byte.after is not None:
+                parts.append("loss and before: nats of an occurrence; change: of it and what follows, to the next one")
         if self.unseen:
             more = f", ... {len(self.unseen) - 8} more" if len(self.unseen) > 8 else ""
             parts += ["", f"never seen: {', '.join(map(repr, self.unseen[:8]))}{more}"]

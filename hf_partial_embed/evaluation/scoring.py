@@ -18,6 +18,7 @@ __all__ = ["Columns", "Scorer", "Side", "batches"]
 
 # A batch holds at most so many ids for each window that it may have, padding counted; one long window may be more.
 _IDS_PER_WINDOW = 512
+_SORTED_BATCHES = 8
 
 
 class Columns:
@@ -217,7 +218,16 @@ def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 
 def batches(windows: Sequence[Window], size: int) -> Iterator[list[Window]]:
-    """Consecutive windows, at most `size` at a time and not too many ids."""
+    """Windows of a length, at most `size` at a time and not too many ids.
+
+    The two readings of a text differ in length, so that neighbours would have much padding. They are sorted some
+    batches at a time: of a text's two halves of a pair, one does not wait long for the other.
+    """
+    for part in _chunks(windows, _SORTED_BATCHES * size):
+        yield from _in_order(sorted(part, key=lambda window: len(window.ids)), size)
+
+
+def _in_order(windows: Sequence[Window], size: int) -> Iterator[list[Window]]:
     batch: list[Window] = []
     longest = 0
     for window in windows:

@@ -21,12 +21,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..errors import PartialEmbeddingError, count
 from .rows_file import ROWS_FILE, write_atomically
 
 __all__ = [
-    "add_to_card", "entries_in_words", "hub_errors", "locate_rows", "merged_card", "rows_card", "upload", "write_card",
+    "add_to_card", "check_upload", "entries_in_words", "hub_errors", "locate_rows", "merged_card", "rows_card",
+    "upload", "write_card",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -91,6 +93,17 @@ def _reason(error: Exception, revision: str | None) -> str:
     if isinstance(error, RuntimeError) and error.__cause__:  # an upload: what went wrong is the cause
         return f"{error} {error.__cause__}"
     return str(error)
+
+
+def check_upload(repo_id: str) -> None:
+    """Check that a repository has a name that can be, and that somebody is logged in to push to it.
+
+    Raises:
+        `PartialEmbeddingError`: one of them is not so.
+    """
+    with hub_errors(f"Cannot push to {repo_id!r}"):
+        validate_repo_id(repo_id)
+        HfApi().whoami()
 
 
 def upload(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from ..errors import PartialEmbeddingError
 from .backend import changed_copy, cut_merges, rename_vocabulary
@@ -82,6 +82,39 @@ def _copy(backend: Any, hidden: set[int], name: str) -> Tokenizer:
 
     They are renamed, not left out: tokens after a gap would be given other ids when it is loaded.
     """
+    then = {i: token.content for i, token in backend.get_added_tokens_decoder().items() if i not in hidden}
+    # Loading a state takes seconds for a large vocabulary, and is needed only to change the vocabulary.
+    makers = [_anew] if any(backend.model.id_to_token(i) is not None for i in hidden) else [_beside, _anew]
+    for make in makers:
+        copy = make(backend, hidden)
+        now = {i: token.content for i, token in copy.get_added_tokens_decoder().items() if i not in hidden}
+        if now == then:
+            return copy
+    raise PartialEmbeddingError(
+        f"A copy of {name}'s backend gives its added tokens other ids, so texts cannot be read as before. Save "
+        "the tokenizer, load it again, and attach the tokens to that one."
+    )
+
+
+def _beside(backend: Any, hidden: set[int]) -> Tokenizer:
+    """A backend with the same model, and added tokens of its own."""
+    made = Tokenizer(backend.model)
+    for part in ("normalizer", "pre_tokenizer"):
+        if getattr(backend, part) is not None:
+            setattr(made, part, getattr(backend, part))
+    for token_id, token in sorted(backend.get_added_tokens_decoder().items()):
+        if token_id in hidden:
+            made.add_special_tokens([AddedToken(f"\uffff{token_id}\uffff", normalized=False)])
+        elif token.special:
+            made.add_special_tokens([token])
+        else:
+            made.add_tokens([token])
+    made.encode_special_tokens = backend.encode_special_tokens
+    return made
+
+
+def _anew(backend: Any, hidden: set[int]) -> Tokenizer:
+    """A backend loaded from a changed state."""
 
     def hide(state: dict[str, Any]) -> None:
         state.update(truncation=None, padding=None, post_processor=None)  # the last would trim spaces off the spans
@@ -97,11 +130,4 @@ def _copy(backend: Any, hidden: set[int], name: str) -> Tokenizer:
 
     copy: Tokenizer = changed_copy(backend, hide)
     copy.encode_special_tokens = backend.encode_special_tokens
-    then = {i: token.content for i, token in backend.get_added_tokens_decoder().items() if i not in hidden}
-    now = {i: token.content for i, token in copy.get_added_tokens_decoder().items() if i not in hidden}
-    if now != then:
-        raise PartialEmbeddingError(
-            f"A copy of {name}'s backend gives its added tokens other ids, so texts cannot be read as before. Save "
-            "the tokenizer, load it again, and attach the tokens to that one."
-        )
     return copy

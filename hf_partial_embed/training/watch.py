@@ -58,8 +58,9 @@ class RowWatch:
         if share > _MOST_LEAK:
             self._warn(
                 "leak",
-                f"New tokens take {share:.1%} of the probability where they do not belong. Lower the rows' learning "
-                "rate, train on text without them, too, or start from init='subtoken_mean' or 'distill'.",
+                f"New tokens take {share:.1%} of the probability where they do not belong. In the first steps that is "
+                "about their share of the labels, and it passes as they learn where they belong. If it stays, train "
+                "more steps, or give PartialEmbeddingCallback(elsewhere=...) some dozens of texts without them.",
             )
 
     def _warn(self, kind: str, message: str) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from hf_partial_embed import PartialEmbeddingCallback, TokenRows, load_tokens, verify_checkpoint
-from hf_partial_embed.cli import train
+from hf_partial_embed.cli import trainer
 from hf_partial_embed.cli.data import read_data, split
 from hf_partial_embed.cli.main import main
 from hf_partial_embed.errors import PartialEmbeddingError
@@ -69,10 +69,10 @@ def test_everything_is_written_and_belongs_together(place, capsys):
 
 def test_held_out_texts_are_measured_and_not_trained_on(place, monkeypatch):
     seen = {}
-    original = train._blocks
+    original = trainer.blocks
     monkeypatch.setattr(
-        train,
-        "_blocks",
+        trainer,
+        "blocks",
         lambda tokenizer, texts, *a, **k: original(tokenizer, seen.setdefault("train", texts), *a, **k),
     )
     assert run(place, "--steps", 1, "--held-out", 0.25, "--init", "subtoken_mean") == 0

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from hf_partial_embed import PartialEmbeddingError, TokenRows, add_tokens, evaluate, train_tokens
 from hf_partial_embed.evaluation import EvaluationReport, plot_report
 from hf_partial_embed.evaluation.states import HeadStates
+from hf_partial_embed.tokens import reading
 from hf_partial_embed.tokens.reading import TextReader
 
 WORDS = [" praseodymium", "<think>", " neodymium", " tokens"]
@@ -216,6 +217,31 @@ class TestFigures:
         assert run(partial).forwards == 2 * 2 + 2
         assert sum(calls) <= 2 * 2 + 2 + 2  # and two of a few tokens, to see that head and body go apart
 
+    def test_each_position_goes_through_body_and_head_once_and_little_padding(self):
+        """What a plain forward over the same texts in both readings costs, and at most a tenth more."""
+        _, tokenizer, partial = setup()
+        texts = [text[:at] for text in TEXTS[:3] for at in range(10, len(text))]
+        positions = {"body": 0, "head": 0}
+
+        def count(name, shape):
+            positions[name] += shape[0] * shape[1]
+
+        layer, head = partial.model.model.layers[0], partial.model.lm_head
+        handles = [
+            layer.register_forward_hook(lambda module, args, out: count("body", args[0].shape)),
+            head.register_forward_hook(lambda module, args, out: count("head", args[0].shape)),
+        ]
+        report = run(partial, texts)
+        for handle in handles:
+            handle.remove()
+        readers = (TextReader(tokenizer, partial.token_ids), TextReader(tokenizer))
+        needed = 0
+        for text in texts:
+            before, after = (reader.ids(text) for reader in readers)
+            needed += len(after) + 1 + (before != after) * (len(before) + 1)  # each with the bos token
+        assert report.texts == len(texts)
+        assert needed <= positions["body"] <= 1.1 * needed and positions["head"] <= 1.1 * needed
+
     @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         st.lists(
@@ -315,6 +341,22 @@ class TestReading:
         for text in TEXTS:
             assert reader.ids(text) == before(text, add_special_tokens=False)["input_ids"]
             assert now.ids(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    @pytest.mark.parametrize("make", [bpe_tokenizer, wordpiece_tokenizer, unigram_tokenizer])
+    def test_no_vocabulary_is_loaded_anew_to_hide_added_tokens(self, make, monkeypatch):
+        tokenizer = make()
+        markers = [
+            AddedToken("<a>", special=True),
+            AddedToken("<b>", lstrip=True),
+            AddedToken("<c>", normalized=False),
+        ]
+        tokenizer.add_tokens([*markers, AddedToken("<d>", single_word=True)])
+        hidden = [len(tokenizer) - 3, len(tokenizer) - 1]  # <b> and <d>
+        texts = [*TEXTS, "x <a> <b> <c> <d> y", "<a><b><c><d>"]
+        anew = [reading._anew(tokenizer._tokenizer, set(ids)).encode_batch(texts) for ids in ((), hidden)]
+        monkeypatch.setattr(reading, "changed_copy", lambda *_: pytest.fail("was loaded anew"))
+        for ids, expected in zip(((), hidden), anew, strict=True):
+            assert [found.ids for found in TextReader(tokenizer, ids).read(texts)] == [one.ids for one in expected]
 
     def test_pieces_with_merges_are_hidden_too(self):
         before = bpe_tokenizer()

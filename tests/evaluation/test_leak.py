@@ -108,7 +108,7 @@ class TestWarnings:
             train(model, partial, tmp_path, PartialEmbeddingCallback(partial), new=False)
         messages = [record.getMessage() for record in caplog.records if "do not belong" in record.getMessage()]
         assert len(messages) == 1
-        assert "New tokens take" in messages[0] and "Lower the rows' learning rate" in messages[0]
+        assert "New tokens take" in messages[0] and "elsewhere=..." in messages[0]
 
     def test_norm_that_leaves_the_old_rows_range_is_warned_of_once(self, tmp_path, caplog):
         model, partial = setup(tied=False)
