@@ -50,9 +50,7 @@ def _other_decoding(partial: PartialEmbedding) -> str | None:
     except Exception as error:  # noqa: BLE001  # a third-party tokenizer; the rows are right all the same
         return f"{type(tokenizer).__name__} does not decode the new tokens: {type(error).__name__}: {error}."
     # Spaces at an edge are the decoder's business, for old tokens, too.
-    others = [
-        (a, b) for a, b in zip(ids, decoded, strict=True) if a != b and "".join(a.split()) != "".join(b.split())
-    ]
+    others = [(a, b) for a, b in zip(ids, decoded, strict=True) if a != b and "".join(a.split()) != "".join(b.split())]
     added = tokenizer.added_tokens_decoder if others else {}
     changed = [f"{a!r} as {b!r}" for a, b in others if ids[a] in added]
     if not changed:

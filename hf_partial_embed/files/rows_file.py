@@ -192,7 +192,9 @@ def _is_name(value: Any) -> bool:
 def _texts_of(token: dict[str, Any]) -> tuple[str, ...]:
     """All texts of a token, which are looked at together: see `_is_text`."""
     piece = token.get("vocabulary")
-    return (token["content"],) if piece is None else (token["content"], piece["model"], piece["piece"], *piece["parts"])
+    if piece is None:
+        return (token["content"],)
+    return token["content"], piece["model"], piece["piece"], *piece["parts"]
 
 
 def _is_text(value: Any) -> bool:

@@ -135,9 +135,7 @@ def initial_values(
     return rows
 
 
-def _without(
-    sequences: Sequence[Sequence[int]], token_id: int | None, size: int | None = None
-) -> list[Sequence[int]]:
+def _without(sequences: Sequence[Sequence[int]], token_id: int | None, size: int | None = None) -> list[Sequence[int]]:
     """Sequences of ids without one of the ids, and without those from `size` on."""
     present = set(chain.from_iterable(sequences))
     gone = {piece for piece in present if piece == token_id or (size is not None and piece >= size)}

@@ -129,17 +129,19 @@ def _means(
     """Means of rows, weighted if there are weights, summed in float64; where there are none, the mean of all rows."""
     table = request.table
     rows = torch.empty(len(sequences), *table.shape[1:], dtype=torch.float32, device=table.device)
-    lengths = torch.tensor([len(ids) for ids in sequences])
+    counts = [len(ids) for ids in sequences]
+    lengths = torch.tensor(counts)
     starts = lengths.cumsum(0) - lengths
     flat = torch.tensor([*chain.from_iterable(sequences)], dtype=torch.int64)
     shares_of = None if weights is None else torch.tensor([*chain.from_iterable(weights)], dtype=torch.float64)
-    for length in lengths.unique().tolist():
+    for length in sorted(set(counts)):
         members = (lengths == length).nonzero().flatten()
         if not length:
             rows[members.to(table.device)] = mean(request)[0]
             continue
         step = max(1, _NUMBERS // (length * max(1, table[:1].numel())))
-        for part in members.split(step):
+        for start in range(0, len(members), step):
+            part = members[start : start + step]
             places = starts[part, None] + torch.arange(length)
             given = table[flat[places].to(table.device)].double()
             if shares_of is None:

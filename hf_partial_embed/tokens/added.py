@@ -238,8 +238,8 @@ def add_to_tokenizer(
     try:
         # In runs of one kind, which keeps the order where special and other tokens are mixed.
         for special, run in groupby(tokens, key=lambda token: bool(token.special)):
-            # A fast one takes copies itself.
-            tokenizer.add_tokens(list(run) if tokenizer.is_fast else list(map(_copied, run)), special_tokens=special)
+            given = list(run)  # a fast one keeps copies of them, others the objects
+            tokenizer.add_tokens(given if tokenizer.is_fast else list(map(_copied, given)), special_tokens=special)
         ids = _new_ids(tokenizer, [token.content for token in tokens], taken, places or {})
         check_found(tokenizer, {**found, **ids}, tokens)
     except BaseException:
