@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from ..tokens.added import check_new, normalize_tokens, token_from_dict
+from ..tokens.added import check_new, check_texts, token_from_dict
 from ..tokens.entering import ids_of, plan_again
 from ..tokens.pieces import Piece
 from ..tokens.stored import check_no_spellings, check_same_base, stored_pieces
@@ -52,7 +52,8 @@ def arriving_tokens(tokenizer: Any, stored: Sequence[dict[str, Any]], in_use: se
     if not stored:
         return Arriving([], [], [], [], 0, 0)
     check_same_base(tokenizer, stored)
-    tokens = normalize_tokens([token_from_dict(token) for token in stored], special=False)
+    check_texts([token["content"] for token in stored])
+    tokens = [token_from_dict(token) for token in stored]
     entries = stored_pieces(stored)
     ids = ids_of(tokenizer, tokens, entries)
     kept = [

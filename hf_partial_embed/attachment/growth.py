@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import PartialEmbeddingError
+from ..errors import PartialEmbeddingError, count, shorten
 from ..layout.tables import Table, VocabularyLayout, find_layout
 from ..modules.rows import note_size
+from ..tokens.vocabulary import texts_by_id
 
-__all__ = ["Growth", "add_spare_rows", "mean_rows"]
+__all__ = ["Growth", "add_spare_rows", "mean_rows", "warn_of_mean_rows"]
+
+logger = logging.getLogger(__name__)
 
 
 class Growth:
@@ -82,6 +87,28 @@ def mean_rows(table: Table, count: int) -> Tensor:
     old = table.tensor.detach().narrow(table.dim, 0, table.size)
     mean: Tensor = old.mean(table.dim, dtype=torch.promote_types(old.dtype, torch.float32))
     return mean.expand(count, *mean.shape)
+
+
+def warn_of_mean_rows(layout: VocabularyLayout, tokenizer: Any, ids: Sequence[int]) -> None:
+    """Tell of tokens that had no row, since the tokenizer was extended first, and are not in the set that has come.
+
+    Args:
+        layout: as it was before the tables grew.
+        tokenizer: with all of its tokens.
+        ids: those of the set.
+    """
+    table = layout.tables[0]
+    between = set(range(table.size, table.grown_size - table.tail)).difference(ids)
+    texts = texts_by_id(tokenizer, table.grown_size) if between else {}
+    left = [texts[token_id] for token_id in sorted(between.intersection(texts))]
+    if left:
+        logger.warning(
+            "The tokenizer has %s for which the model's table of %d rows had none, and which are not among those that "
+            "were asked for: %s. Their rows start at the mean of all rows and do not train. "
+            'train_tokens(model, tokenizer, tokens, init="subtoken_mean") with these tokens lets them start at the '
+            "mean of their pieces, and train.",
+            count(left, "token"), table.size, shorten(left),
+        )  # fmt: skip
 
 
 def add_spare_rows(model: Any, size: int) -> int:

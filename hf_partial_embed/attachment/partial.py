@@ -32,6 +32,7 @@ from .additions import change_without_additions
 from .arriving import arriving_tokens
 from .attachment import Attachment, ids_in_use
 from .fitting import fit_rows
+from .growth import warn_of_mean_rows
 from .options import ROW_DTYPES, check_options
 
 __all__ = ["PartialEmbedding", "TokenRows", "attach_rows"]
@@ -605,4 +606,6 @@ def attach_rows(
     )  # fmt: skip
     partial = PartialEmbedding(attachment)
     attachment.apply(layout, planned=planned)
+    if tokenizer is not None and attachment.layout is not None:
+        warn_of_mean_rows(attachment.layout, tokenizer, attachment.ids)
     return partial

@@ -50,7 +50,7 @@ def _other_decoding(partial: PartialEmbedding) -> str | None:
     except Exception as error:  # noqa: BLE001  # a third-party tokenizer; the rows are right all the same
         return f"{type(tokenizer).__name__} does not decode the new tokens: {type(error).__name__}: {error}."
     # Spaces at an edge are the decoder's business, for old tokens, too.
-    others = [(a, b) for a, b in zip(ids, decoded, strict=True) if "".join(a.split()) != "".join(b.split())]
+    others = [(a, b) for a, b in zip(ids, decoded, strict=True) if a != b and "".join(a.split()) != "".join(b.split())]
     added = tokenizer.added_tokens_decoder if others else {}
     changed = [f"{a!r} as {b!r}" for a, b in others if ids[a] in added]
     if not changed:
@@ -102,9 +102,9 @@ def _pools_at_largest_id(module: nn.Module) -> bool:
 def _taken_for_timestamps(partial: PartialEmbedding) -> str | None:
     """Whisper takes every id behind `<|notimestamps|>` for a time."""
     last = getattr(getattr(partial.model, "generation_config", None), "no_timestamps_token_id", None)
-    tokens = [
-        text for text, i in zip(partial.tokens, partial.token_ids, strict=True) if isinstance(last, int) and i > last
-    ]
+    if not isinstance(last, int):
+        return None
+    tokens = [text for text, i in zip(partial.tokens, partial.token_ids, strict=True) if i > last]
     if not tokens:
         return None
     return (

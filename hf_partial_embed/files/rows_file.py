@@ -147,7 +147,8 @@ def _check_metadata(path: Path, header: dict[str, str] | None) -> dict[str, Any]
     tokens, ids = metadata.get("tokens"), metadata.get("token_ids")
     valid = (
         isinstance(tokens, list)
-        and all(_is_token(token) for token in tokens)
+        and all(map(_is_token, tokens))
+        and is_unicode("".join(text for token in tokens for text in _texts_of(token)))
         and len({token["content"] for token in tokens}) == len(tokens)
         and isinstance(ids, list)
         and all(type(token_id) is int and token_id >= 0 for token_id in ids)
@@ -164,9 +165,8 @@ def _check_metadata(path: Path, header: dict[str, str] | None) -> dict[str, Any]
 def _is_token(token: Any) -> bool:
     return (
         isinstance(token, dict)
-        and _is_text(token.get("content"))
-        and bool(token["content"])
-        and all(isinstance(token.get(flag), bool) for flag in TOKEN_FLAGS)
+        and _is_name(token.get("content"))
+        and {type(token.get(flag)) for flag in TOKEN_FLAGS} == {bool}
         and ("vocabulary" not in token or _is_piece(token["vocabulary"]))
     )
 
@@ -175,13 +175,26 @@ def _is_piece(piece: Any) -> bool:
     """What version 2 says of a token that is a piece of a vocabulary."""
     return (
         isinstance(piece, dict)
-        and all(_is_text(piece.get(key)) and piece[key] for key in ("model", "piece"))
+        and _is_name(piece.get("model"))
+        and _is_name(piece.get("piece"))
         and isinstance(piece.get("parts"), list)
-        and all(_is_text(part) and part for part in piece["parts"])
-        and all(isinstance(piece.get(key), bool) for key in ("merged", "asked"))
+        and all(map(_is_name, piece["parts"]))
+        and type(piece.get("merged")) is type(piece.get("asked")) is bool
         and type(piece.get("rank")) is int
         and piece["rank"] >= 0
     )
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _texts_of(token: dict[str, Any]) -> tuple[str, ...]:
+    """All texts of a token, which are looked at together: see `_is_text`."""
+    piece = token.get("vocabulary")
+    if piece is None:
+        return (token["content"],)
+    return token["content"], piece["model"], piece["piece"], *piece["parts"]
 
 
 def _is_text(value: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -84,12 +85,11 @@ def initial_values(
     if pieces is None:
         all_pieces: list[Sequence[int]] = [*encode_all(tokenizer, sources)]
     else:
-        read = iter(encode_all(tokenizer, [start for start in given if isinstance(start, str)]))
-        unk_id = tokenizer.unk_token_id
-        all_pieces = [
-            next(read) if isinstance(start, str) else _without(known, unk_id)
-            for start, known in zip(given, pieces, strict=True)
-        ]
+        all_pieces = _without(pieces, tokenizer.unk_token_id)
+        described = [row for row, start in enumerate(given) if isinstance(start, str)]
+        read = encode_all(tokenizer, [given[row] for row in described])
+        for row, ids_read in zip(described, read, strict=True):
+            all_pieces[row] = ids_read
     rows = {}
     memo: dict[str, Any] = {}
     for table in layout.tables:
@@ -101,7 +101,7 @@ def initial_values(
         padding = getattr(table.holders[0][0], "padding_idx", None)
         padding = tokenizer.pad_token_id if padding is None else padding
         size = len(old)
-        own = [_without(ids, padding, size) for ids in all_pieces]
+        own = _without(all_pieces, padding, size)
         empty = [
             text for text, start, ids in zip(texts, given, own, strict=True) if isinstance(start, str) and not ids
         ]
@@ -128,18 +128,20 @@ def initial_values(
         if described and isinstance(init, str):  # a description takes precedence over a named initialiser
             values[described] = initial_rows("subtoken_mean", request)[described]
         if table.role == "input":
-            for row, (text, start) in enumerate(zip(texts, given, strict=True)):
+            for row, start in enumerate(starts or ()):
                 if isinstance(start, Tensor):
-                    values[row].copy_(_check_row(start, text, values[row]))
+                    values[row].copy_(_check_row(start, texts[row], values[row]))
         rows[table.name] = values
     return rows
 
 
-def _without(ids: Sequence[int], token_id: int | None, size: int | None = None) -> Sequence[int]:
-    """The ids but for one of them, and for those from `size` on; the same object where there are none of these."""
-    if token_id in ids or (size is not None and max(ids, default=0) >= size):
-        return [piece for piece in ids if piece != token_id and (size is None or piece < size)]
-    return ids
+def _without(sequences: Sequence[Sequence[int]], token_id: int | None, size: int | None = None) -> list[Sequence[int]]:
+    """Sequences of ids without one of the ids, and without those from `size` on."""
+    present = set(chain.from_iterable(sequences))
+    gone = {piece for piece in present if piece == token_id or (size is not None and piece >= size)}
+    if not gone:
+        return list(sequences)
+    return [ids if gone.isdisjoint(ids) else [piece for piece in ids if piece not in gone] for ids in sequences]
 
 
 def _check_row(start: Tensor, text: str, row: Tensor) -> Tensor:

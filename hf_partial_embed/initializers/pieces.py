@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -128,24 +129,28 @@ def _means(
     """Means of rows, weighted if there are weights, summed in float64; where there are none, the mean of all rows."""
     table = request.table
     rows = torch.empty(len(sequences), *table.shape[1:], dtype=torch.float32, device=table.device)
-    by_length: dict[int, list[int]] = {}
-    for at, ids in enumerate(sequences):
-        by_length.setdefault(len(ids), []).append(at)
-    for length, members in by_length.items():
+    counts = [len(ids) for ids in sequences]
+    lengths = torch.tensor(counts)
+    starts = lengths.cumsum(0) - lengths
+    flat = torch.tensor([*chain.from_iterable(sequences)], dtype=torch.int64)
+    shares_of = None if weights is None else torch.tensor([*chain.from_iterable(weights)], dtype=torch.float64)
+    for length in sorted(set(counts)):
+        members = (lengths == length).nonzero().flatten()
         if not length:
-            rows[members] = mean(request)[0]
+            rows[members.to(table.device)] = mean(request)[0]
             continue
         step = max(1, _NUMBERS // (length * max(1, table[:1].numel())))
         for start in range(0, len(members), step):
             part = members[start : start + step]
-            given = table[torch.tensor([sequences[at] for at in part], device=table.device)].double()
-            if weights is None:
+            places = starts[part, None] + torch.arange(length)
+            given = table[flat[places].to(table.device)].double()
+            if shares_of is None:
                 means = given.sum(1) / length
             else:
-                shares = torch.tensor([weights[at] for at in part], dtype=torch.float64, device=table.device)
+                shares = shares_of[places].to(table.device)
                 shares = shares.reshape(len(part), length, *(1 for _ in table.shape[1:]))
                 means = (shares * given).sum(1) / shares.sum(1)
-            rows[part] = means.float()
+            rows[part.to(table.device)] = means.float()
     return rows
 
 

@@ -47,41 +47,52 @@ def digests_through(table: Tensor, ways: Sequence[Sequence[torch.dtype]], dim: i
     """
     table = table.detach().movedim(dim, 0).contiguous()
     size, numbers = table.shape[0], max(1, table[:1].numel())
-    digests = [torch.empty(size, dtype=torch.int64, device=table.device) for _ in ways]
-    factors: dict[tuple[torch.dtype, int], Tensor] = {}
     # On a CPU a part stays in the cache for all ways; elsewhere a part is what may be allocated.
     is_cached = table.device.type == "cpu" and len(ways) > 1
     step = max(1, _CACHE_BYTES // (numbers * table.itemsize) if is_cached else _CHUNK_BYTES // (8 * numbers))
-    # New memory for the casts of every part would take longer than the digests.
-    casts = [[table.new_empty((min(step, size), *table.shape[1:]), dtype=dtype) for dtype in way] for way in ways]
+    passes = []
+    for way in ways:
+        # New memory for the casts of every part would take longer than the digests.
+        casts, dtype = list[Tensor](), table.dtype
+        for dtype_then in way:
+            if dtype_then != dtype:
+                dtype = dtype_then
+                casts.append(table.new_empty((min(step, size), *table.shape[1:]), dtype=dtype))
+        words = _words(casts[-1] if casts else table)
+        passes.append((casts, words, _factors(words), torch.empty(size, dtype=torch.int64, device=table.device)))
     for start in range(0, size, step):
-        for way, found in zip(casts, digests, strict=True):
-            part = table[start : start + step]
-            for cast in way:
-                part = part if part.dtype == cast.dtype else cast[: len(part)].copy_(part)
-            _digest(part, factors, found[start : start + step])
-    return [found.cpu() for found in digests]
+        stop = min(start + step, size)
+        part = table[start:stop]
+        for casts, words, factors, found in passes:
+            value = part
+            for cast in casts:
+                value = cast[: stop - start].copy_(value)
+            _sum(words[: stop - start] if casts else words[start:stop], factors, found[start:stop])
+    return [found.cpu() for *_, found in passes]
 
 
-def _digest(values: Tensor, factors: dict[tuple[torch.dtype, int], Tensor], out: Tensor) -> None:
-    """Write digests of rows; `factors` keeps those of each kind and number of words."""
+def _words(values: Tensor) -> Tensor:
+    """The bits of each row as integers, `[rows, words]`: the widest of which a row is a whole number."""
     raw = values.reshape(len(values), -1).view(torch.uint8)
-    width = raw.shape[1]
     words = next(
         dtype
         for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
-        if width % dtype.itemsize == 0 and raw.storage_offset() % dtype.itemsize == 0
+        if raw.shape[1] % dtype.itemsize == 0 and raw.storage_offset() % dtype.itemsize == 0
     )
-    bits = raw.view(words)
-    key = words, bits.shape[1]
-    if key not in factors:
-        generator = torch.Generator().manual_seed(0x9E3779B9)
-        numbers = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator) | 1
-        factors[key] = numbers.to(values.device)
-    if words == torch.int64 and values.device.type == "cpu":
-        torch.mv(bits, factors[key], out=out)  # the same sums in one pass, five times as fast; on CPUs only
+    return raw.view(words)
+
+
+def _factors(words: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0x9E3779B9)
+    return (torch.randint(-(2**62), 2**62, (words.shape[1],), generator=generator) | 1).to(words.device)
+
+
+def _sum(words: Tensor, factors: Tensor, out: Tensor) -> None:
+    """Write the sum of the products of each row."""
+    if words.dtype == torch.int64 and words.device.type == "cpu":
+        torch.mv(words, factors, out=out)  # the same sums in one pass, five times as fast; on CPUs only
     else:
-        torch.sum(bits * factors[key], 1, out=out)
+        torch.sum(words * factors, 1, out=out)
 
 
 def casts_of(dtype: torch.dtype) -> list[torch.dtype]:

@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 
 from ..errors import PartialEmbeddingError, shorten
 from .backend import remove_added_tokens
-from .vocabulary import check_unicode, known_ids, read_all
+from .vocabulary import check_all_unicode, encode_all, known_ids, read_all
 
 __all__ = [
     "TOKEN_FLAGS",
@@ -21,6 +21,7 @@ __all__ = [
     "add_to_tokenizer",
     "check_found",
     "check_new",
+    "check_texts",
     "existing_tokens",
     "normalize_tokens",
     "remove_from_tokenizer",
@@ -58,39 +59,39 @@ def normalize_tokens(tokens: Iterable[str | AddedToken], special: bool) -> list[
         )
     if not isinstance(tokens, Iterable):
         raise PartialEmbeddingError(f"tokens must be a list of str or AddedToken, but got {tokens!r}.")
-    made = []
-    for token in tokens:
-        if isinstance(token, str):
-            check_unicode(token)
-            made.append(AddedToken(token, special=special, normalized=not special))
-        elif isinstance(token, AddedToken):
-            check_unicode(token.content)
-            made.append(_copied(token, special))
-        else:
+    listed = list(tokens)
+    for token in listed:
+        if not isinstance(token, (str, AddedToken)):
             raise PartialEmbeddingError(
                 f"A token must be a str or an AddedToken, but got {token!r} ({type(token).__name__})."
             )
-    if not made:
+    if not listed:
         raise PartialEmbeddingError("No tokens were given: name at least one.")
-    _check_tokens(made)
-    return made
+    check_texts([token if isinstance(token, str) else token.content for token in listed])
+    return [
+        AddedToken(token, special=special, normalized=not special)
+        if isinstance(token, str)
+        else _copied(token, special)
+        for token in listed
+    ]
 
 
-def _check_tokens(tokens: Sequence[AddedToken]) -> None:
-    """Refuse empty tokens, and ones given twice, be it in two Unicode forms."""
-    if any(not token.content for token in tokens):
+def check_texts(texts: Sequence[str]) -> None:
+    """Refuse empty tokens, ones that are no valid Unicode, and ones given twice, be it in two Unicode forms."""
+    check_all_unicode(texts)
+    if not all(texts):
         raise PartialEmbeddingError("A token is the empty string, which no text contains. Leave it out.")
     seen: dict[str, str] = {}
-    for token in tokens:
-        form = unicodedata.normalize("NFC", token.content)
+    for text in texts:
+        form = unicodedata.normalize("NFC", text)
         if form in seen:
-            if seen[form] == token.content:
-                raise PartialEmbeddingError(f"Token {token.content!r} is given twice. Give each token once.")
+            if seen[form] == text:
+                raise PartialEmbeddingError(f"Token {text!r} is given twice. Give each token once.")
             raise PartialEmbeddingError(
-                f"Tokens {seen[form]!a} and {token.content!a} are the same text, {form!r}, in two Unicode forms. Give "
+                f"Tokens {seen[form]!a} and {text!a} are the same text, {form!r}, in two Unicode forms. Give "
                 "one of them."
             )
-        seen[form] = token.content
+        seen[form] = text
 
 
 def token_to_dict(token: AddedToken) -> dict[str, Any]:
@@ -99,8 +100,7 @@ def token_to_dict(token: AddedToken) -> dict[str, Any]:
 
 
 def token_from_dict(values: dict[str, Any]) -> AddedToken:
-    """The inverse of `token_to_dict`."""
-    check_unicode(values["content"])
+    """The inverse of `token_to_dict`, of a text that `check_texts` accepts."""
     return AddedToken(values["content"], **{flag: bool(values[flag]) for flag in TOKEN_FLAGS})
 
 
@@ -180,9 +180,9 @@ def check_new(
     read = read_all(tokenizer, texts, unknown=True)
     for token, text, own_id in zip(tokens, texts, known_ids(tokenizer, texts), strict=True):
         pieces = read[text]
-        is_read = bool(pieces) and unk_id not in pieces
-        token_id = (known or {}).get(text, own_id)
-        if token_id is None:
+        is_read = unk_id not in pieces
+        token_id = known.get(text, own_id) if known else own_id
+        if token_id is None and added:
             token_id = added.get(unicodedata.normalize("NFC", text))
         if token_id is None and is_read and len(pieces) == 1:
             token_id = pieces[0]
@@ -238,7 +238,8 @@ def add_to_tokenizer(
     try:
         # In runs of one kind, which keeps the order where special and other tokens are mixed.
         for special, run in groupby(tokens, key=lambda token: bool(token.special)):
-            tokenizer.add_tokens([_copied(token) for token in run], special_tokens=special)
+            given = list(run)  # a fast one keeps copies of them, others the objects
+            tokenizer.add_tokens(given if tokenizer.is_fast else list(map(_copied, given)), special_tokens=special)
         ids = _new_ids(tokenizer, [token.content for token in tokens], taken, places or {})
         check_found(tokenizer, {**found, **ids}, tokens)
     except BaseException:
@@ -256,14 +257,14 @@ def _new_ids(
     name = type(tokenizer).__name__
     model = tokenizer._tokenizer.model if tokenizer.is_fast else None
     ids: dict[str, int] = {}
+    id_to_token = (lambda _: None) if model is None else model.id_to_token
     for text, token_id in zip(texts, known_ids(tokenizer, texts), strict=True):
         if token_id is None:
             raise PartialEmbeddingError(
                 f"{name} did not take {text!r} as a token of its own. Give it another text, or pass "
                 f"AddedToken({text!r}, normalized=False)."
             )
-        held = model is not None and model.id_to_token(token_id) is not None
-        if token_id in taken or (held and places.get(text) != token_id):
+        if token_id in taken or (id_to_token(token_id) is not None and places.get(text) != token_id):
             present = set(tokenizer.get_vocab().values())
             raise PartialEmbeddingError(
                 f"{name} would give the new token {text!r} the id {token_id}, which another token has: its "
@@ -277,10 +278,10 @@ def check_found(tokenizer: Any, ids: dict[str, int], new: Sequence[AddedToken]) 
     """Check that the tokenizer finds each token in the token's own text."""
     texts = list(ids)
     for start in range(0, len(texts), _PART):
-        read = read_all(tokenizer, texts[start : start + _PART])
-        lost = next((text for text, found in read.items() if ids[text] not in found), None)
-        if lost is not None:
-            _raise_not_found(tokenizer, lost, read[lost], ids, new)
+        part = texts[start : start + _PART]
+        for text, found in zip(part, encode_all(tokenizer, part), strict=True):
+            if ids[text] not in found:
+                _raise_not_found(tokenizer, text, found, ids, new)
 
 
 def _raise_not_found(

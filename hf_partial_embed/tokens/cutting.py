@@ -32,9 +32,10 @@ def cut_tokens(tokenizer: Any, tokens: Sequence[AddedToken]) -> dict[str, int]:
     }
     if not contents:
         return {}
-    lengths = sorted({len(content) for content in contents})
-    shortest = lengths[0]
-    beginnings = {content[:shortest] for content in contents}
+    shortest = min(map(len, contents))
+    lengths: dict[str, set[int]] = {}  # of the tokens by how they begin
+    for content in contents:
+        lengths.setdefault(content[:shortest], set()).add(len(content))
     backend = tokenizer._tokenizer if getattr(tokenizer, "is_fast", False) else None
     spelling = None if backend is None else Spelling(backend)
     found: Counter[str] = Counter()
@@ -44,12 +45,11 @@ def cut_tokens(tokenizer: Any, tokens: Sequence[AddedToken]) -> dict[str, int]:
         inside = {
             part
             for start in range(len(whole) - shortest + 1)
-            if whole[start : start + shortest] in beginnings
-            for length in lengths
+            for length in lengths.get(whole[start : start + shortest], ())
             if length < len(whole) and (part := whole[start : start + length]) in contents
         }
-        # A word with and without its leading space is the same word.
-        found.update(part for part in inside if whole.strip() != part.strip())
+        if inside:  # a word with and without its leading space is the same word
+            found.update(part for part in inside if whole.strip() != part.strip())
     return {token.content: found[token.content] for token in tokens if found[token.content]}
 
 

@@ -8,9 +8,8 @@ again gives the ids that it had. With `ignore_merges` a whole pre-token of the v
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import PartialEmbeddingError
 from .pieces import Piece, Planner
@@ -21,6 +20,14 @@ __all__ = ["BytePairs"]
 _Symbol = tuple[str, tuple[int, ...]]  # a piece's spelling, and what it was read as before
 
 
+class _Made(NamedTuple):
+    """What a piece of the plan is made of, as `Piece` has it."""
+
+    parts: tuple[str, ...]
+    made_of: tuple[int, ...]
+    merged: bool
+
+
 class BytePairs(Planner):
     """BPE: byte-level, with byte fallback, and with `ignore_merges`."""
 
@@ -29,10 +36,10 @@ class BytePairs(Planner):
     def __init__(self, backend: Any, spelling: Spelling) -> None:
         super().__init__(backend, spelling)
         self.whole_first = bool(self.model.ignore_merges)
-        self._made: dict[str, Piece] = {}
+        self._made: dict[str, _Made] = {}
         self._ranks: dict[tuple[str, str], int] = {}
         self._wanted: set[str] = set()
-        self._journal: list[tuple[str, Piece | None]] = []
+        self._journal: list[tuple[str, _Made | None]] = []
         self._next = 0
         if self.model.dropout:
             raise PartialEmbeddingError(
@@ -77,13 +84,11 @@ class BytePairs(Planner):
             except PartialEmbeddingError as error:
                 self._take_back()  # the parts that it would have needed
                 refused[piece.spelling] = error
-        asked = {piece.spelling: piece for piece in listed}
-        pieces = [
-            replace(piece, text=asked[piece.spelling].text, asked=asked[piece.spelling].asked, rank=rank)
-            if piece.spelling in asked and piece.spelling not in refused
-            else replace(piece, rank=rank)
-            for rank, piece in enumerate(self._made.values())
-        ]
+        named = {piece.spelling: (piece.text, piece.asked) for piece in listed if piece.spelling not in refused}
+        pieces = []
+        for rank, (spelling, made) in enumerate(self._made.items()):
+            text, asked = named.get(spelling) or (self.spelling.text_of(spelling) or spelling, False)
+            pieces.append(Piece(text, spelling, asked, *made, rank))
         return pieces, refused
 
     def reads(self, text: str) -> bool:
@@ -99,8 +104,7 @@ class BytePairs(Planner):
         while len(symbols) > 1:
             at = self._choose(symbols, piece)
             pair = symbols[at : at + 2]
-            joined = self._put(pair[0][0] + pair[1][0], pair, merged=True)
-            symbols = _join(symbols, (pair[0][0], pair[1][0]), (joined.spelling, joined.made_of))
+            symbols = _join(symbols, (pair[0][0], pair[1][0]), self._put(pair[0][0] + pair[1][0], pair, merged=True))
 
     def _choose(self, symbols: list[_Symbol], piece: Piece) -> int:
         """Where two neighbours are to be merged: what they make must have no other way to come about."""
@@ -114,6 +118,8 @@ class BytePairs(Planner):
             key = (join not in self._wanted, self.spelling.text_of(join) is None, at)
             if best is None or key < best[0]:
                 best = key, at
+            if not key[0] and not key[1]:
+                break
         if best is None:
             raise PartialEmbeddingError(
                 f"{piece.text!r} is read as {[part for part, _ in symbols]}, and what two neighbours of these make "
@@ -124,28 +130,20 @@ class BytePairs(Planner):
 
     def _take_back(self) -> None:
         for spelling, before in reversed(self._journal):
-            piece = self._made.pop(spelling)
-            if piece.merged:
-                del self._ranks[piece.parts[0], piece.parts[1]]
+            made = self._made.pop(spelling)
+            if made.merged:
+                del self._ranks[made.parts[0], made.parts[1]]
             if before is not None:
                 self._made[spelling] = before
 
-    def _put(self, spelling: str, symbols: Sequence[_Symbol], *, merged: bool) -> Piece:
+    def _put(self, spelling: str, symbols: Sequence[_Symbol], *, merged: bool) -> _Symbol:
         # A whole pre-token that gets a merge later comes in with that.
         self._journal.append((spelling, self._made.pop(spelling, None)))
-        text = self.spelling.text_of(spelling)
-        piece = Piece(
-            text=spelling if text is None else text,
-            spelling=spelling,
-            asked=False,
-            parts=tuple(part for part, _ in symbols),
-            made_of=tuple(token_id for _, ids in symbols for token_id in ids),
-            merged=merged,
-        )
-        self._made[spelling] = piece
+        parts, ids = zip(*symbols, strict=True)
+        self._made[spelling] = _Made(parts, sum(ids, ()), merged)
         if merged:
-            self._ranks[symbols[0][0], symbols[1][0]] = self._next = self._next + 1
-        return piece
+            self._ranks[parts] = self._next = self._next + 1
+        return spelling, self._made[spelling].made_of
 
     def _symbols(self, spelling: str) -> list[_Symbol]:
         """What the old merges leave; a character that there are bytes for only comes in as a symbol by itself."""
@@ -176,15 +174,11 @@ class BytePairs(Planner):
     def _merged(self, symbols: list[_Symbol]) -> list[_Symbol]:
         """What the new merges, which come behind all old ones, make of symbols."""
         while True:
-            ranks = [
-                self._ranks.get((left, right), -1)
-                for (left, _), (right, _) in pairwise(symbols)
-            ]  # fmt: skip
-            known = [rank for rank in ranks if rank >= 0]
+            names = [name for name, _ in symbols]
+            known = [pair for pair in pairwise(names) if pair in self._ranks]
             if not known:
                 return symbols
-            at = ranks.index(min(known))
-            pair = (symbols[at][0], symbols[at + 1][0])
+            pair = min(known, key=self._ranks.__getitem__)
             symbols = _join(symbols, pair, (pair[0] + pair[1], self._made[pair[0] + pair[1]].made_of))
 
     @staticmethod

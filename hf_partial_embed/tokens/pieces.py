@@ -19,7 +19,7 @@ __all__ = ["Piece", "Planner", "ScoredPieces", "WholeWords"]
 _SCORE_MARGIN = 1e-3  # what a Unigram piece's score is above those of its pieces, for each of them but the first
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A piece of a vocabulary that is to come.
 

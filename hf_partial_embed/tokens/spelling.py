@@ -88,6 +88,9 @@ class Spelling:
         """The text of a piece; `None` where it is no whole characters."""
         if not self.byte_level:
             return spelled.replace(_SPACE, " ") if self.marks_spaces else spelled
+        word = spelled.removeprefix("\u0120")
+        if word.isascii() and word.isalnum():  # nearly all, and several times as fast
+            return spelled if word == spelled else f" {word}"
         try:
             return bytes(map(self._bytes.__getitem__, spelled)).decode()
         except (KeyError, UnicodeDecodeError):

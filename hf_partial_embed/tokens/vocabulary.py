@@ -10,6 +10,7 @@ from ..errors import PartialEmbeddingError, count, shorten
 from .backend import read_by_backend, settings_kept
 
 __all__ = [
+    "check_all_unicode",
     "check_unicode",
     "decode_each",
     "display_names",
@@ -61,15 +62,15 @@ def encode_all(tokenizer: Any, texts: Sequence[str], *, unknown: bool = False) -
     if unknown:
         return batch
     unk_id = tokenizer.unk_token_id
-    return [[token_id for token_id in ids if token_id != unk_id] for ids in batch]
+    return [[token_id for token_id in ids if token_id != unk_id] if unk_id in ids else ids for ids in batch]
 
 
 def decode_each(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """The text of each id alone; spaces are as the tokenizer's backend leaves them."""
     if _is_its_backend(tokenizer, "batch_decode", "decode", "_decode"):
-        decode = tokenizer._tokenizer.decode
-        return [decode([token_id], skip_special_tokens=False) for token_id in ids]
-    texts: list[str] = tokenizer.batch_decode([[token_id] for token_id in ids])
+        texts: list[str] = tokenizer._tokenizer.decode_batch([[token] for token in ids], skip_special_tokens=False)
+    else:
+        texts = tokenizer.batch_decode([[token_id] for token_id in ids])
     return texts
 
 
@@ -107,6 +108,14 @@ def known_ids(tokenizer: Any, texts: Sequence[str]) -> list[int | None]:
     plain = _is_its_backend(tokenizer, "convert_tokens_to_ids", "_convert_token_to_id_with_added_voc")
     id_of = tokenizer._tokenizer.token_to_id if plain else tokenizer.convert_tokens_to_ids
     ids: list[int | None] = []
+    if plain:
+        ids = [id_of(text) for text in texts]
+        if unk_id is not None and unk_id in ids:
+            ids = [
+                None if token_id == unk_id and text != unk else token_id
+                for text, token_id in zip(texts, ids, strict=True)
+            ]
+        return ids
     for text in texts:
         token_id = id_of(text)
         if not isinstance(token_id, int) or (token_id == unk_id and text != unk):
@@ -124,8 +133,7 @@ def find_ids(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
     Raises:
         `PartialEmbeddingError`: tokens that are not in the vocabulary; two that are the same one.
     """
-    for token in tokens:
-        check_unicode(token)
+    check_all_unicode(tokens)
     found = known_ids(tokenizer, tokens)
     others = [token for token, token_id in zip(tokens, found, strict=True) if token_id is None]
     unk_id = tokenizer.unk_token_id if others else None
@@ -159,7 +167,20 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def check_all_unicode(texts: Iterable[str]) -> None:
+    """`check_unicode` of many texts."""
+    listed = list(texts)
+    if not is_unicode("".join(listed)):
+        for text in listed:
+            check_unicode(text)
+
+
 def check_unicode(text: str) -> None:
+    """Check that a text has no lone surrogates.
+
+    Raises:
+        `PartialEmbeddingError`: it has some.
+    """
     if not is_unicode(text):
         raise PartialEmbeddingError(
             f"Token {text!r} is no valid Unicode: it has a lone surrogate, which no tokenizer reads. Decode the bytes "

@@ -91,6 +91,36 @@ def test_way_out_for_pieces_of_the_vocabulary_without_a_row():
     assert torch.equal(table_of(model)[:size], table)
 
 
+@pytest.mark.parametrize("way", ["add", "load"])
+def test_a_warning_names_tokens_without_a_row_that_nobody_asked_for(way, caplog, tmp_path):
+    tokenizer = bpe_tokenizer()
+    add_tokens(build_model("llama", 300), tokenizer, [" lanthan"]).merge()  # as someone adds merges by hand
+    pieces = len(tokenizer) - 300
+    tokenizer.add_tokens(["<b>"])
+    model = build_model("llama", 300)
+    add_tokens(build_model("llama", 300), bpe_tokenizer(), ["<a>"]).save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING, logger="hf_partial_embed"):
+        partial = add_tokens(model, tokenizer, ["<a>"]) if way == "add" else load_tokens(model, tokenizer, tmp_path)
+    assert partial.token_ids == [300 + pieces + 1]
+    (record,) = [record for record in caplog.records if "start at the mean" in record.getMessage()]
+    assert f"{pieces + 1} tokens" in record.getMessage()
+    assert all(
+        name in record.getMessage() for name in ("' lanthan'", "'<b>'", "train_tokens(", 'init="subtoken_mean"')
+    )
+    left = train_tokens(model, tokenizer, [" lanthan", "<b>"], init="subtoken_mean")  # the remedy
+    row = tokenizer.get_vocab()["Ġlanthan"]
+    assert left.token_ids == [row, 300 + pieces]
+    assert not torch.allclose(left.token_rows().input_rows[0], table_of(model)[:300].mean(0))
+
+
+def test_no_warning_where_all_tokens_have_a_row_or_are_asked_for(caplog):
+    model, tokenizer = extended(["<a>", "<b>"])
+    with caplog.at_level(logging.WARNING, logger="hf_partial_embed"):
+        add_tokens(model, tokenizer, ["<b>", "<a>", "<c>"]).detach()
+        add_tokens(build_model("llama", 310), bpe_tokenizer(), ["<a>"])
+    assert "start at the mean" not in caplog.text
+
+
 def test_flags_are_those_that_the_tokenizer_has(caplog):
     model, tokenizer = extended()
     with caplog.at_level(logging.WARNING, logger="hf_partial_embed"):
