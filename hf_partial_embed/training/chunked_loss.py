@@ -25,7 +25,8 @@ from transformers.utils.generic import ModelOutput
 
 from ..attachment.additions import Addition
 from ..errors import PartialEmbeddingError
-from ..modules.loss import Steps, head_operands, linear_cross_entropy, linear_log_probs
+from ..modules.loss import head_operands, linear_cross_entropy, linear_log_probs
+from ..modules.steps import Steps
 
 __all__ = ["ChunkedLoss"]
 
