@@ -36,6 +36,11 @@ CHUNK_BYTES = 1 << 26
 CHUNK_POSITIONS = 128
 
 
+def chunk_positions(position_bytes: int) -> int:
+    """How many positions a chunk has, if one takes so many bytes."""
+    return max(CHUNK_POSITIONS, CHUNK_BYTES // position_bytes)
+
+
 def linear_cross_entropy(
     input: Tensor,
     head: nn.Linear,
@@ -315,7 +320,7 @@ class Chunks:
         self.head, self.transform = head, transform
         size = head.weight.shape[0]
         self.exact = torch.promote_types(torch.float32, x.dtype)
-        step = min(max(CHUNK_POSITIONS, CHUNK_BYTES // (size * self.exact.itemsize)), max(1, count))
+        step = min(chunk_positions(size * self.exact.itemsize), max(1, count))
         self.spans = [slice(start, min(start + step, count)) for start in range(0, count, step)]
         self._logits = x.new_empty(step, size)
         in_place = transform is None and x.dtype == self.exact  # the backward of a transform may need its logits
