@@ -37,7 +37,8 @@ class FrozenPositions:
         `None` where the input does not begin with these hidden states.
         """
         batch, length, _ = self.hidden.shape
-        if input.dim() != 3 or not torch.equal(input[:, :length], self.hidden):
+        alike = input.dim() == 3 and (input.dtype, input.device) == (self.hidden.dtype, self.hidden.device)
+        if not alike or not torch.equal(input[:, :length], self.hidden):
             return None
         numbers = torch.full((*input.shape[:2], 1), -1, device=input.device)
         numbers[:, :length, 0] = torch.arange(batch * length, device=input.device).view(batch, length)
@@ -50,25 +51,29 @@ class FrozenPositions:
         target: Tensor,
         numbers: Tensor,
         *,
+        reduction: str,
+        ignore_index: int,
         transform: Steps | None,
-        **options: Any,
     ) -> Tensor:
         """`linear_cross_entropy` of the hidden states `(N, dim)` of positions with these numbers, `(N,)`."""
-        known = self._normalizers(head, transform).flatten()
+        wanted = torch.zeros(self.hidden.shape[:2].numel(), dtype=torch.bool, device=input.device)
+        wanted[numbers[(numbers >= 0) & (target != ignore_index)]] = True
+        known = self._normalizers(head, transform, wanted.view(self.hidden.shape[:2])).flatten()
         normalizers = torch.where(numbers < 0, torch.nan, known[numbers.clamp(min=0)])
-        return linear_cross_entropy_given(input, head, target, normalizers, transform=transform, **options)
+        options: dict[str, Any] = {"reduction": reduction, "ignore_index": ignore_index, "transform": transform}
+        return linear_cross_entropy_given(input, head, target, normalizers, **options)
 
     @torch.no_grad()
-    def _normalizers(self, head: nn.Linear, transform: Steps | None) -> Tensor:
-        """Of all positions, `(batch, positions)`; computed where the cache does not have them."""
-        batch, length, _ = self.hidden.shape
+    def _normalizers(self, head: nn.Linear, transform: Steps | None, wanted: Tensor) -> Tensor:
+        """Of all positions, `(batch, positions)`; those that are wanted are computed where the cache has none."""
+        length = self.hidden.shape[1]
         exact = torch.promote_types(torch.float32, self.hidden.dtype)
-        found = self.hidden.new_full((batch, length), torch.nan, dtype=exact)
+        found = self.hidden.new_full(self.hidden.shape[:2], torch.nan, dtype=exact)
         kept = [] if self.cache is None else self.cache.normalizers_of(_state(head, transform), self.keys)
         for row, values in enumerate(kept):
             if values is not None:
                 found[row] = values[:length]
-        missing = found.isnan()
+        missing = found.isnan() & wanted
         if missing.any():
             found[missing] = frozen_normalizers(self.hidden[missing], head, transform=transform)
             for row, values in enumerate(kept):

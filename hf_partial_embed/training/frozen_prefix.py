@@ -107,10 +107,11 @@ class FrozenPrefix(Addition):
         return type(self.backbone).forward(self.backbone, *args, **kwargs)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.positions = None
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
         length = self._prefix_length(named) if len(args) <= len(self._names) else 0
-        if length and self._can(named["input_ids"]):
+        possible = length and self._can(named["input_ids"])
+        self.positions = None  # those of an earlier forward, or of the trial
+        if possible:
             if self.cache is not None and (weights := self._frozen_weights()) != self._weights:
                 self.cache.clear()
                 self._weights = weights

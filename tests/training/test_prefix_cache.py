@@ -391,6 +391,22 @@ def test_without_a_cache_the_prefix_has_no_gradient_through_the_head():
     assert logits.take() == (2 * 5 + 2 * 3, 2 * 3)
 
 
+@pytest.mark.parametrize("kept", [False, True], ids=["each-time", "kept"])
+def test_positions_without_a_label_need_no_logits(kept):
+    model, partial = prepare()
+    labels = IDS.clone()
+    labels[:, :3] = -100  # the first five positions have no new token, and each label is that of the position before
+    expected = gradients_of(model, partial, IDS, labels)
+    with ChunkedLoss(model), FrozenPrefix(model, PrefixCache() if kept else None):
+        gradients_of(model, partial, IDS, labels)
+        with Logits() as logits:
+            for again in (IDS, labels, labels):
+                values = gradients_of(model, partial, IDS, again)
+                logits.take() if again is IDS else None
+        check(values, expected)
+        assert logits.take() == (2 * 2 * (6 if not kept else 3), 2 * 2 * 3)
+
+
 def test_labels_are_no_part_of_what_is_kept():
     model, partial = prepare()
     ids = texts()
@@ -405,6 +421,18 @@ def test_labels_are_no_part_of_what_is_kept():
 def gradients_of(model, partial, ids, labels):
     loss = model(input_ids=ids, labels=labels).loss
     return [loss.detach(), *torch.autograd.grad(loss, list(partial.parameters()))]
+
+
+def test_a_head_that_sees_other_hidden_states_computes_all_logits():
+    """Something between the layers and the head: the positions are not recognised, and the loss is the plain one's."""
+    model, partial = prepare(tied=False)
+    ids = texts()
+    model.lm_head.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    expected = gradients(model, partial, ids)
+    with ChunkedLoss(model), FrozenPrefix(model, PrefixCache()) as prefix:
+        for _ in range(2):
+            check(gradients(model, partial, ids), expected)
+        assert prefix.reason is None
 
 
 def old_input_rows(model):
