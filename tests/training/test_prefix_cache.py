@@ -231,11 +231,13 @@ def test_entries_of_other_weights_are_not_read(change):
     check(values, gradients(model, partial, ids))
 
 
-def test_autocast_has_entries_of_its_own():
+@pytest.mark.parametrize("chunked", [False, True], ids=["plain-loss", "chunked-loss"])
+def test_autocast_has_entries_of_its_own(chunked):
     model, partial = prepare(dtype=torch.float32)
     ids = texts()
     found = []
-    with FrozenPrefix(model, PrefixCache()) as prefix:
+    loss = ChunkedLoss(model) if chunked else contextlib.nullcontext()
+    with loss, FrozenPrefix(model, PrefixCache()) as prefix:
         for enabled in (False, True, True, False):
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                 found.append(gradients(model, partial, ids))
@@ -510,7 +512,7 @@ def test_trainer_trains_the_same_rows_and_goes_on_after_a_resume(tmp_path, monke
         resume = None
         for last in steps:
             model, tokenizer, partial = setup(tied=False)
-            callback = PartialEmbeddingCallback(partial, frozen_prefix=options)
+            callback = PartialEmbeddingCallback(partial, frozen_prefix=options, chunked_loss=name == "resumed")
             lengths = Lengths(model)
             data = {"optim": "sgd", "learning_rate": 1.0, "max_steps": last, "lr_scheduler_type": "constant"}
             train(model, tokenizer, partial, tmp_path / name, callbacks=[callback], resume=resume, **data)
