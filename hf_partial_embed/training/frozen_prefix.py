@@ -3,7 +3,8 @@
 In a causal model that is frozen apart from its token rows, the hidden states before the first new token of
 a batch do not depend on any trainable input row. They are computed without a graph, their keys and values go
 into the model's own cache, and the rest of the sequence runs with a graph on top of it. The head gets the hidden
-states of all positions, so its rows have their gradient from the prefix, too.
+states of all positions, so its rows have their gradient from the prefix, too. With a `ChunkedLoss` on the same model
+only what the rows need is computed there: see `FrozenPositions`.
 
 With a `PrefixCache` they are kept from one epoch to the next, for each text up to its own first new token: then only
 texts that have no entry are computed.
