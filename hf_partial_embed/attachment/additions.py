@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 __all__ = ["Addition", "change_without_additions"]
 
 _REGISTRY = "_partial_embedding_additions"
+Kind = TypeVar("Kind", bound="Addition")
 
 
 class Addition:
@@ -25,6 +26,10 @@ class Addition:
     def installed(self) -> bool:
         """Whether it is installed now."""
         return self in self.model.__dict__.get(_REGISTRY, ())
+
+    def others(self, kind: type[Kind]) -> list[Kind]:
+        """What else of a kind is installed on the model."""
+        return [other for other in self.model.__dict__.get(_REGISTRY, ()) if isinstance(other, kind)]
 
     def install(self) -> Any:
         """Install it; does nothing if it is installed."""

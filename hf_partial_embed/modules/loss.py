@@ -13,7 +13,7 @@ the same code: the compiler cannot unroll a loop whose length depends on the bat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,12 @@ from torch import Tensor, nn
 from ..errors import PartialEmbeddingError
 from .linear import HeadOperands, SplitLinear, head_gradient, head_logits, row_columns
 from .rows import apply
+from .steps import Steps, Transform
 
-__all__ = ["CHUNK_BYTES", "CHUNK_POSITIONS", "Steps", "head_operands", "linear_cross_entropy", "linear_log_probs"]
+__all__ = [
+    "CHUNK_BYTES", "CHUNK_POSITIONS", "ChunkedCrossEntropy", "Chunks", "head_operands", "linear_cross_entropy",
+    "linear_log_probs",
+]  # fmt: skip
 
 # A chunk has as many positions as fit 64 MiB of float32 logits, but at least 128. Measured on a CPU, at
 # vocabularies of 49 and 152 thousand: with half as many positions the matmuls become slower (1.06 to 1.26 times
@@ -31,52 +35,10 @@ __all__ = ["CHUNK_BYTES", "CHUNK_POSITIONS", "Steps", "head_operands", "linear_c
 CHUNK_BYTES = 1 << 26
 CHUNK_POSITIONS = 128
 
-Transform = Callable[[Tensor], Tensor]
 
-
-class Steps:
-    """A `transform` of casts, `tanh`, products and quotients, as data: an operator cannot be given a function.
-
-    Args:
-        names: `"tanh"`, `"mul"`, `"div"`, or the name of the dtype of a cast, in their order.
-        numbers: the factor or divisor of each step; 0 where it has none.
-    """
-
-    def __init__(self, names: Sequence[str] = (), numbers: Sequence[float | Tensor] = ()) -> None:
-        self.names, self.numbers = tuple(names), tuple(numbers)
-
-    def then(self, name: str, number: float | Tensor = 0.0) -> Steps:
-        """These steps and one more."""
-        return Steps((*self.names, name), (*self.numbers, number))
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        return self.forward(logits)[0]
-
-    def forward(self, logits: Tensor) -> tuple[Tensor, list[Any]]:
-        """The logits after all steps, and what `backward` needs of each."""
-        kept: list[Any] = []
-        for name, number in zip(self.names, self.numbers, strict=True):
-            kept.append(logits.dtype)
-            if name == "mul":
-                logits = logits * number
-            elif name == "div":
-                logits = logits / number
-            elif name == "tanh":
-                logits = kept[-1] = logits.tanh()
-            else:
-                logits = logits.to(getattr(torch, name))
-        return logits, kept
-
-    def backward(self, grad: Tensor, kept: list[Any]) -> Tensor:
-        """The gradient of the logits before all steps. By hand: autograd is switched off inside of an operator."""
-        for name, number, value in zip(self.names[::-1], self.numbers[::-1], kept[::-1], strict=True):
-            if name == "mul":
-                grad = grad * number
-            elif name == "div":
-                grad = grad / number
-            else:
-                grad = torch.ops.aten.tanh_backward(grad, value) if name == "tanh" else grad.to(value)
-        return grad
+def chunk_positions(position_bytes: int) -> int:
+    """How many positions a chunk has, if one takes so many bytes."""
+    return max(CHUNK_POSITIONS, CHUNK_BYTES // position_bytes)
 
 
 def linear_cross_entropy(
@@ -92,9 +54,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """`F.cross_entropy(transform(head(input)), target)`, in memory that grows neither with `N × V` nor with `V × dim`.
 
-    The largest tensors are the logits of a chunk of positions (`CHUNK_BYTES`), their log-probabilities, and the
-    gradient of `input`. Ignored positions are left out of all matmuls. Dtypes are those of the plain loss: logits
-    in the head's dtype (autocast's, if it is on), their softmax in float32 or better.
+    The largest tensors are the logits of a chunk of positions (`CHUNK_BYTES`), which turn into their gradient in
+    place, and the gradient of `input`. Ignored positions are left out of all matmuls. Dtypes are those of the plain
+    loss: logits in the head's dtype (autocast's, if it is on), their softmax in float32 or better.
 
     Args:
         input (`torch.Tensor` of shape `(N, dim)`): hidden states.
@@ -121,7 +83,7 @@ def linear_cross_entropy(
     x = input.to(operands.weight.dtype) if torch.is_autocast_enabled(input.device.type) else input
     with torch.autocast(input.device.type, enabled=False):
         options = (reduction, ignore_index, label_smoothing, z_loss, transform)
-        return apply(_ChunkedLoss, x, *operands, target, *options)
+        return apply(ChunkedCrossEntropy, x, *operands, target, *options)
 
 
 def linear_log_probs(
@@ -177,7 +139,7 @@ def head_operands(head: nn.Module, input: Tensor) -> HeadOperands:
     return operands
 
 
-class _ChunkedLoss(torch.autograd.Function):
+class ChunkedCrossEntropy(torch.autograd.Function):
     """Loss and, where they are needed, gradients, in one pass over the chunks."""
 
     @staticmethod
@@ -238,18 +200,20 @@ def _loss_and_gradients(
     grad_rows = rows.new_zeros(rows.shape, dtype=exact) if needs[1] else None
     grad_bias = rows.new_zeros(len(rows), dtype=exact) if needs[2] else None
 
-    chunks = _Chunks(head, x, transform, len(target))
+    chunks = Chunks(head, x, transform, len(target))
     for span in chunks.spans:
         labels = target[span].unsqueeze(1)
         positions = span if everything else kept[span]
         part = x[positions]
-        logits, grad = chunks.log_probs(part)
+        logits = chunks.logits(part)
+        own = logits.gather(1, labels) if z_loss else None  # before they may be overwritten
+        grad = chunks.log_softmax(logits)
         picked = grad.gather(1, labels)
         loss -= picked.sum() * (1 - label_smoothing)
         if label_smoothing:
             loss -= grad.sum() * (label_smoothing / size)
-        if z_loss:
-            normalizer = logits.gather(1, labels).to(exact) - picked
+        if own is not None:
+            normalizer = own.to(exact) - picked
             loss += normalizer.square().sum() * z_loss
         if not any(needs):
             continue
@@ -316,10 +280,10 @@ class _ChunkedLogProbs(torch.autograd.Function):
         base_size: int, start: int, ids: Tensor | None, target: Tensor, transform: Transform | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         head = HeadOperands(weight, bias, rows, bias_rows, base_size, start, ids)
-        chunks = _Chunks(head, x, transform, len(x))
+        chunks = Chunks(head, x, transform, len(x))
         picked, total = x.new_empty(len(x), dtype=chunks.exact), x.new_empty(len(x), dtype=chunks.exact)
         for span in chunks.spans:
-            _, log_probs = chunks.log_probs(x[span])
+            log_probs = chunks.log_softmax(chunks.logits(x[span]))
             picked[span] = log_probs.gather(1, target[span].unsqueeze(1)).squeeze(1)
             total[span] = log_probs.sum(1)
         ctx.save_for_backward(x, weight, bias, rows, bias_rows, ids, target)
@@ -331,13 +295,13 @@ class _ChunkedLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad_picked: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, rows, bias_rows, ids, target = ctx.saved_tensors
         head = HeadOperands(weight, bias, rows, bias_rows, ctx.base_size, ctx.start, ids)
-        chunks = _Chunks(head, x, ctx.transform, len(x))
+        chunks = Chunks(head, x, ctx.transform, len(x))
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad_rows = rows.new_zeros(rows.shape, dtype=chunks.exact) if ctx.needs_input_grad[3] else None
         grad_bias = rows.new_zeros(len(rows), dtype=chunks.exact) if ctx.needs_input_grad[4] else None
         for span in chunks.spans:
             one, every = grad_picked[span].unsqueeze(1), grad_total[span].unsqueeze(1)
-            grad = chunks.log_probs(x[span])[1].exp_()
+            grad = chunks.log_softmax(chunks.logits(x[span])).exp_()
             grad.mul_(-one - every * weight.shape[0]).add_(every)
             grad.scatter_add_(1, target[span].unsqueeze(1), one)
             grad = chunks.of_raw_logits(grad)
@@ -349,20 +313,21 @@ class _ChunkedLogProbs(torch.autograd.Function):
         return grad_x, None, None, grad_rows, grad_bias, *[None] * 5
 
 
-class _Chunks:
-    """Log-probabilities of one chunk of positions at a time, in two buffers that all chunks share."""
+class Chunks:
+    """Log-probabilities of one chunk of positions at a time, in a buffer that all chunks share."""
 
     def __init__(self, head: HeadOperands, x: Tensor, transform: Transform | None, count: int) -> None:
         self.head, self.transform = head, transform
         size = head.weight.shape[0]
         self.exact = torch.promote_types(torch.float32, x.dtype)
-        step = min(max(CHUNK_POSITIONS, CHUNK_BYTES // (size * self.exact.itemsize)), max(1, count))
+        step = min(chunk_positions(size * self.exact.itemsize), max(1, count))
         self.spans = [slice(start, min(start + step, count)) for start in range(0, count, step)]
         self._logits = x.new_empty(step, size)
-        self._log_probs = x.new_empty(step, size, dtype=self.exact)
+        in_place = transform is None and x.dtype == self.exact  # the backward of a transform may need its logits
+        self._log_probs = self._logits if in_place else x.new_empty(step, size, dtype=self.exact)
 
-    def log_probs(self, part: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits, after `transform`, and log-probabilities, `(n, V)` each."""
+    def logits(self, part: Tensor) -> Tensor:
+        """The logits after `transform`, `(n, V)`."""
         self._leaf = head_logits(part, self.head, out=self._logits[: len(part)])
         self._out = self._leaf
         if isinstance(self.transform, Steps):
@@ -371,14 +336,17 @@ class _Chunks:
             self._leaf = self._leaf.detach().requires_grad_(True)
             with torch.enable_grad():
                 self._out = self.transform(self._leaf)
-        logits = self._out.detach()
-        return logits, torch.log_softmax(logits, 1, dtype=self.exact, out=self._log_probs[: len(part)])
+        return self._out.detach()
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """The log-probabilities of logits, which may be overwritten with them."""
+        return torch.log_softmax(logits, 1, dtype=self.exact, out=self._log_probs[: len(logits)])
 
     def of_raw_logits(self, grad: Tensor) -> Tensor:
         """The gradient of the logits before `transform`, in the head's dtype.
 
         Args:
-            grad: the gradient of the logits that `log_probs` returned last.
+            grad: the gradient of what `logits` returned last.
         """
         if isinstance(self.transform, Steps):
             grad = self.transform.backward(grad.to(self._out.dtype), self._kept)

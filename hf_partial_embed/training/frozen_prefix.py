@@ -3,7 +3,8 @@
 In a causal model that is frozen apart from its token rows, the hidden states before the first new token of
 a batch do not depend on any trainable input row. They are computed without a graph, their keys and values go
 into the model's own cache, and the rest of the sequence runs with a graph on top of it. The head gets the hidden
-states of all positions, so its rows have their gradient from the prefix, too.
+states of all positions, so its rows have their gradient from the prefix, too. With a `ChunkedLoss` on the same model
+only what the rows need is computed there: see `FrozenPositions`.
 
 With a `PrefixCache` they are kept from one epoch to the next, for each text up to its own first new token: then only
 texts that have no entry are computed.
@@ -17,9 +18,7 @@ import logging
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import DynamicCache
 from transformers.utils.generic import ModelOutput
 
@@ -27,6 +26,8 @@ from ..attachment.additions import Addition
 from ..errors import PartialEmbeddingError
 from ..initializers.running import CACHES, LARGEST_ERROR
 from ..modules.rows import PartialModule
+from .frozen_positions import FrozenPositions
+from .masked_attention import MaskedAttention
 from .prefix_cache import PrefixCache
 
 __all__ = ["FrozenPrefix"]
@@ -76,6 +77,8 @@ class FrozenPrefix(Addition):
         get_decoder = getattr(model, "get_decoder", None)
         self.backbone: Any = get_decoder() if get_decoder is not None else getattr(model, "base_model", model)
         self.reason: str | None = None  # why the model runs as always
+        self.positions: FrozenPositions | None = None  # without a graph in the latest forward, while `noted`
+        self.noted = False
         self._tried: set[bool] = set()  # in which modes
         self._weights: Any = None  # as they were when the cache's entries were made
         self._frequencies: Any = None
@@ -107,7 +110,9 @@ class FrozenPrefix(Addition):
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
         length = self._prefix_length(named) if len(args) <= len(self._names) else 0
-        if length and self._can(named["input_ids"]):
+        possible = length and self._can(named["input_ids"])
+        self.positions = None  # those of an earlier forward, or of the trial
+        if possible:
             if self.cache is not None and (weights := self._frozen_weights()) != self._weights:
                 self.cache.clear()
                 self._weights = weights
@@ -143,6 +148,7 @@ class FrozenPrefix(Addition):
                 parts[1][name] = kwargs[name][:, length:]
         if kwargs.get("attention_mask") is not None:
             parts[1]["attention_mask"] = kwargs["attention_mask"]  # over the cache and what follows it
+        keys: list[bytes | None] = [None] * len(kwargs["input_ids"])
         with torch.no_grad():
             if kept is None:
                 before = self._plain(**{**parts[0], "use_cache": True})
@@ -151,15 +157,17 @@ class FrozenPrefix(Addition):
                 frequencies = self._buffers()
             else:
                 name = next(name for name in CACHES if name in self._names)
-                hidden, cache, frequencies = self._from_cache(length, kwargs, kept, name)
+                hidden, cache, frequencies, keys = self._from_cache(length, kwargs, kept, name)
                 more = []
-        with _SharedMasks():
+        with MaskedAttention():
             after = self._plain(**{**parts[1], "use_cache": True, name: cache})
         if more or _others(after):
             return None
         if frequencies != self._buffers():
             self._give_up("its buffers depend on how long the input is (dynamic rotary frequencies)")
             return None
+        if self.noted:
+            self.positions = FrozenPositions(hidden, keys, kept)
         after.last_hidden_state = torch.cat([hidden, after.last_hidden_state], 1)
         if kwargs.get("use_cache") is False:
             after[_cache_of(after)[0]] = None
@@ -167,8 +175,11 @@ class FrozenPrefix(Addition):
 
     def _from_cache(
         self, length: int, kwargs: dict[str, Any], kept: PrefixCache, name: str
-    ) -> tuple[Tensor, DynamicCache, Any]:
-        """Hidden states and keys and values of the first `length` positions, read where that is possible."""
+    ) -> tuple[Tensor, DynamicCache, Any, list[bytes | None]]:
+        """Hidden states and keys and values of the first `length` positions, read where that is possible.
+
+        And the entries' keys; `None` for a text that has none.
+        """
         texts = self._texts(kwargs)
         missing = [row for row, text in enumerate(texts) if not kept.covers(text.key, text.inputs[:length])]
         tensors: list[Tensor] = []  # of the whole batch, positions first: hidden states, then keys, values, keys, ...
@@ -192,7 +203,8 @@ class FrozenPrefix(Addition):
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(zip(tensors[1::2], tensors[2::2], strict=True)):
             cache.update(keys.movedim(0, -2), values.movedim(0, -2), layer)
-        return tensors[0].transpose(0, 1), cache, self._frequencies
+        keys_here = [text.key if kept.covers(text.key, text.inputs[:length]) else None for text in texts]
+        return tensors[0].transpose(0, 1), cache, self._frequencies, keys_here
 
     def _compute(
         self, rows: list[int], positions: int, kwargs: dict[str, Any], kept: PrefixCache, name: str
@@ -239,12 +251,14 @@ class FrozenPrefix(Addition):
         return texts
 
     def _frozen_weights(self) -> Any:
-        """What hidden states depend on beside inputs and buffers; it differs after any change in place."""
+        """What hidden states depend on beside inputs and buffers; it differs after any change in place.
+
+        A table gets the rows' values at each save, past its version counter.
+        """
         device = self.embeddings.raw_table("weight").device.type
         weights = [
             (parameter.data_ptr(), parameter._version)
             for module in self.backbone.modules()
-            if not isinstance(module, PartialModule)  # whose tables get the rows' values at each save
             for parameter in module._parameters.values()
             if parameter is not None and not parameter.requires_grad
         ]
@@ -334,31 +348,6 @@ class _Text(NamedTuple):
     key: bytes
     inputs: Tensor
     own: int
-
-
-class _SharedMasks(TorchFunctionMode):
-    """Converts a boolean attention mask to a float one once for all layers.
-
-    After a prefix attention needs an explicit mask. Given a boolean one, `scaled_dot_product_attention` converts it
-    in every layer and keeps the result for the backward: for 1024 positions after 1024, 8 MiB a layer.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._masks: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        mask = kwargs.get("attn_mask") if func is F.scaled_dot_product_attention else None
-        if mask is not None and mask.dtype is torch.bool:
-            dtype = args[0].dtype
-            key = (mask.data_ptr(), mask.shape, mask.stride(), dtype)
-            if key not in self._masks:
-                numeric = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-                # The mask is kept, too, so that no other one gets its address in the meantime.
-                self._masks[key] = mask, numeric.masked_fill_(~mask, -torch.inf)
-            kwargs = {**kwargs, "attn_mask": self._masks[key][1]}
-        return func(*args, **kwargs)
 
 
 def _difference(found: list[Tensor], expected: list[Tensor]) -> float:

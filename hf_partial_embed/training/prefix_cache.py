@@ -11,6 +11,7 @@ import logging
 import os
 import tempfile
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -31,6 +32,7 @@ class _Entry:
 
     Attributes:
         inputs: what it was computed from, position by position.
+        normalizers: of the head's logits, position by position; NaN where they are not known yet.
         tensors: in memory; if they are in the file, tensors of no positions.
         devices: of the tensors that were given.
         offsets: in the file.
@@ -38,6 +40,7 @@ class _Entry:
     """
 
     inputs: Tensor
+    normalizers: Tensor
     tensors: list[Tensor]
     devices: list[torch.device]
     offsets: list[int] | None
@@ -56,7 +59,8 @@ class PrefixCache:
 
     Args:
         max_bytes (`int`): the most that all entries may take. A position takes `layers × 2 × key-value heads ×
-            head size + hidden size` numbers: 48 kB in float32 for SmolLM2-135M, 139 kB in bfloat16 for Llama 3 8B.
+            head size + hidden size` numbers, and 28 bytes: 48 kB in float32 for SmolLM2-135M, 139 kB in bfloat16 for
+            Llama 3 8B.
         folder (`str` or `os.PathLike`, *optional*): an existing folder on a disk with room for the entries; in
             memory if not given.
 
@@ -84,6 +88,7 @@ class PrefixCache:
         self.bytes = 0  # that the entries take
         self.position_bytes = 0.0  # of the latest entry
         self._entries: dict[bytes, _Entry] = {}
+        self._head: Any = None  # the state of the head that normalizers are of
         self.closed: str | None = None  # why it takes no more
         self.silent = False
         file: IO[bytes] | None = getattr(self, "_file", None)
@@ -122,7 +127,10 @@ class PrefixCache:
         old = self._entries.get(key)
         if self.closed or (old is not None and len(old.inputs) >= len(inputs)):
             return
-        size = inputs.nbytes + sum(tensor.nbytes for tensor in tensors)
+        normalizers = torch.full((len(inputs),), torch.nan, dtype=torch.promote_types(torch.float32, tensors[0].dtype))
+        if old is not None:
+            normalizers[: len(old.normalizers)] = old.normalizers
+        size = inputs.nbytes + normalizers.nbytes + sum(tensor.nbytes for tensor in tensors)
         self.position_bytes = size / max(1, len(inputs))
         if self.bytes + size > self.max_bytes:
             what = f"{_size(self.bytes)} of the {_size(self.max_bytes)} that it may take are in use"
@@ -139,7 +147,8 @@ class PrefixCache:
                 return
             kept = [tensor[:0].clone() for tensor in kept]
         self.bytes += size
-        self._entries[key] = _Entry(inputs.clone(), kept, [tensor.device for tensor in tensors], offsets, size)
+        devices = [tensor.device for tensor in tensors]
+        self._entries[key] = _Entry(inputs.clone(), normalizers, kept, devices, offsets, size)
 
     def read_into(self, key: bytes, targets: list[Tensor]) -> None:
         """Copy the first positions of an entry into tensors `(positions, ...)`, on any device."""
@@ -150,6 +159,19 @@ class PrefixCache:
                 target.copy_(tensor[: len(target)])
             else:
                 target.copy_(self._read(entry.offsets[number], torch.empty(target.shape, dtype=tensor.dtype)))
+
+    def normalizers_of(self, head: Any, keys: Sequence[bytes | None]) -> list[Tensor | None]:
+        """Normalizers of entries, `(positions,)` each, to be read and to be filled in.
+
+        Args:
+            head: the state of the head. Normalizers of another state are forgotten.
+            keys: of the entries; a tensor is `None` where its key is.
+        """
+        if head != self._head:
+            self._head = head
+            for entry in self._entries.values():
+                entry.normalizers.fill_(torch.nan)
+        return [None if key is None else self._entries[key].normalizers for key in keys]
 
     def like(self, key: bytes, *shape: int) -> list[Tensor]:
         """New tensors of shape `(*shape, *the shape of a position)`, of dtype and device of an entry's tensors."""

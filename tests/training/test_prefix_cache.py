@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
 import functools
@@ -17,8 +18,10 @@ from conftest import bpe_tokenizer
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_prefix import OTHERS, SIZES, Lengths, gradients, prepare
+from test_chunked_loss import DRESSED
+from test_prefix import IDS, OTHERS, SIZES, Lengths, gradients, prepare
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from trainings import Texts, arguments, rows_of, setup, train
 from transformers import DataCollatorForLanguageModeling, LlamaConfig, LlamaForCausalLM, Trainer
 
@@ -98,9 +101,10 @@ def two_alike():
     return prepare(tied=False), prepare(tied=False)
 
 
+@pytest.mark.parametrize("chunked", [False, True], ids=["plain-loss", "chunked-loss"])
 @settings(max_examples=10, deadline=None)
-@given(st.data())
-def test_any_lengths_padding_and_places(data):
+@given(data=st.data())
+def test_any_lengths_padding_and_places(chunked, data):
     """Three steps on batches drawn from a few texts, which share beginnings."""
     (model, partial), (plain, plain_partial) = two_alike()
     side = data.draw(st.sampled_from(["left", "right"]))
@@ -111,7 +115,7 @@ def test_any_lengths_padding_and_places(data):
         row[first::2] = 300
         rows.append(row)
     cache = PrefixCache(max_bytes=data.draw(st.sampled_from([1 << 30, 10_000, 1])))
-    with FrozenPrefix(model, cache):
+    with FrozenPrefix(model, cache), ChunkedLoss(model) if chunked else contextlib.nullcontext():
         for _ in range(3):
             chosen = data.draw(st.lists(st.sampled_from(range(len(rows))), min_size=1, max_size=3))
             width = max(len(rows[row]) for row in chosen) + data.draw(st.integers(0, 2))
@@ -193,7 +197,8 @@ def test_a_full_disk_leaves_no_half_entry(tmp_path, caplog, monkeypatch):
         for number, (_, rows) in enumerate(epochs(ids)):
             check(gradients(model, partial, ids[rows]), expected[number])
         assert len(cache)
-        whole = sum(entry.size - entry.inputs.nbytes for entry in cache._entries.values())
+        entries = cache._entries.values()
+        whole = sum(entry.size - entry.inputs.nbytes - entry.normalizers.nbytes for entry in entries)
         assert cache._file.seek(0, io.SEEK_END) == whole
     (message,) = messages(caplog)
     assert "No space left on device" in message
@@ -226,11 +231,13 @@ def test_entries_of_other_weights_are_not_read(change):
     check(values, gradients(model, partial, ids))
 
 
-def test_autocast_has_entries_of_its_own():
+@pytest.mark.parametrize("chunked", [False, True], ids=["plain-loss", "chunked-loss"])
+def test_autocast_has_entries_of_its_own(chunked):
     model, partial = prepare(dtype=torch.float32)
     ids = texts()
     found = []
-    with FrozenPrefix(model, PrefixCache()) as prefix:
+    loss = ChunkedLoss(model) if chunked else contextlib.nullcontext()
+    with loss, FrozenPrefix(model, PrefixCache()) as prefix:
         for enabled in (False, True, True, False):
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                 found.append(gradients(model, partial, ids))
@@ -330,13 +337,149 @@ def test_a_copy_of_the_model_begins_with_an_empty_cache(tmp_path):
         assert lengths.calls == [(9, False), (8, True), (8, True)]
 
 
-def test_together_with_the_chunked_loss():
-    model, partial = prepare()
+class Logits(TorchDispatchMode):
+    """Counts the rows of all matrix products over the whole vocabulary, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = self.backward = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            left, right = args[-2:]
+            self.forward += left.shape[0] * (right.shape[1] >= 290)
+            self.backward += left.shape[0] * (left.shape[1] >= 290)
+        return out
+
+    def take(self):
+        found = self.forward, self.backward
+        self.forward = self.backward = 0
+        return found
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi", "gemma", "gpt2", "mistral", "opt", *DRESSED])
+def test_with_the_chunked_loss_old_logits_of_a_prefix_are_computed_once(kind, tied):
+    """DRESSED: models that scale or cap their logits. Phi has a bias."""
+    if kind in DRESSED:
+        torch.manual_seed(0)
+        model, partial = attach(DRESSED[kind]().double().eval().requires_grad_(False))
+    else:
+        model, partial = prepare(kind, tied=tied)
     ids = texts()
     expected = [gradients(model, partial, ids[rows]) for _, rows in epochs(ids)]
+    cache = PrefixCache()
+    with ChunkedLoss(model), FrozenPrefix(model, cache) as prefix:
+        gradients(model, partial, ids[:1])  # tried out here
+        cache.clear()
+        with Logits() as logits:
+            for number, (epoch, rows) in enumerate(epochs(ids)):
+                check(gradients(model, partial, ids[rows]), expected[number])
+                first = int((ids[rows] >= 300).any(0).int().argmax())
+                after = len(rows) * (11 - first)  # the last position has no label
+                forward, backward = logits.take()
+                assert backward == after
+                assert forward == after if epoch > 1 else forward <= len(rows) * 11
+        assert prefix.reason is None and prefix.cache is cache
+
+
+def test_without_a_cache_the_prefix_has_no_gradient_through_the_head():
+    model, partial = prepare()
+    expected = gradients(model, partial, IDS)
+    with ChunkedLoss(model), FrozenPrefix(model):
+        gradients(model, partial, IDS)
+        with Logits() as logits:
+            check(gradients(model, partial, IDS), expected)
+    assert logits.take() == (2 * 5 + 2 * 3, 2 * 3)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["each-time", "kept"])
+def test_positions_without_a_label_need_no_logits(kept):
+    model, partial = prepare()
+    labels = IDS.clone()
+    labels[:, :3] = -100  # the first five positions have no new token, and each label is that of the position before
+    expected = gradients_of(model, partial, IDS, labels)
+    with ChunkedLoss(model), FrozenPrefix(model, PrefixCache() if kept else None):
+        gradients_of(model, partial, IDS, labels)
+        with Logits() as logits:
+            for again in (IDS, labels, labels):
+                values = gradients_of(model, partial, IDS, again)
+                logits.take() if again is IDS else None
+        check(values, expected)
+        assert logits.take() == (2 * 2 * (6 if not kept else 3), 2 * 2 * 3)
+
+
+def test_labels_are_no_part_of_what_is_kept():
+    model, partial = prepare()
+    ids = texts()
+    others = ids.roll(1, 0)
+    others[:, :2] = -100
+    expected = [gradients_of(model, partial, ids, labels) for labels in (ids, others)]
     with ChunkedLoss(model), FrozenPrefix(model, PrefixCache()):
-        for number, (_, rows) in enumerate(epochs(ids)):
-            check(gradients(model, partial, ids[rows]), expected[number])
+        for labels, values in zip((ids, others, ids), (*expected, expected[0]), strict=True):
+            check(gradients_of(model, partial, ids, labels), values)
+
+
+def gradients_of(model, partial, ids, labels):
+    loss = model(input_ids=ids, labels=labels).loss
+    return [loss.detach(), *torch.autograd.grad(loss, list(partial.parameters()))]
+
+
+def test_a_head_that_sees_other_hidden_states_computes_all_logits():
+    """Something between the layers and the head: the positions are not recognised, and the loss is the plain one's."""
+    model, partial = prepare(tied=False)
+    ids = texts()
+    model.lm_head.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    expected = gradients(model, partial, ids)
+    with ChunkedLoss(model), FrozenPrefix(model, PrefixCache()) as prefix:
+        for _ in range(2):
+            check(gradients(model, partial, ids), expected)
+        assert prefix.reason is None
+
+
+def old_input_rows(model):
+    with torch.no_grad():
+        model.get_input_embeddings().raw_table("weight")[4:290].mul_(2)
+
+
+def old_output_rows(model):
+    with torch.no_grad():
+        model.get_output_embeddings().raw_table("weight")[4:290].mul_(2)
+
+
+def bias(model):
+    with torch.no_grad():
+        model.get_output_embeddings().raw_table("bias")[4:290].add_(torch.arange(286) / 100)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "keeps"),
+    [(old_input_rows, "llama", False), (old_output_rows, "llama", True), (bias, "phi", True)],
+)
+def test_old_logits_of_another_head_are_not_read(change, kind, keeps):
+    model, partial = prepare(kind, tied=False)
+    ids, lengths = texts(), Lengths(model)
+    with ChunkedLoss(model), FrozenPrefix(model, PrefixCache()):
+        gradients(model, partial, ids)
+        change(model)
+        before = without_graph(lengths)
+        values = gradients(model, partial, ids)
+        assert (without_graph(lengths) == before) is keeps
+    check(values, gradients(model, partial, ids))
+
+
+def test_a_save_keeps_the_old_logits_and_the_rows_are_new_in_each_step():
+    model, partial = prepare()
+    ids = texts()
+    with ChunkedLoss(model), FrozenPrefix(model, PrefixCache()):
+        gradients(model, partial, ids)
+        with torch.no_grad():
+            next(iter(partial.parameters())).add_(1)
+        model.state_dict()
+        with Logits() as logits:
+            values = gradients(model, partial, ids)
+        assert logits.take()[0] == len(ids) * 7
+    check(values, gradients(model, partial, ids))
 
 
 @pytest.mark.parametrize(
@@ -369,7 +512,7 @@ def test_trainer_trains_the_same_rows_and_goes_on_after_a_resume(tmp_path, monke
         resume = None
         for last in steps:
             model, tokenizer, partial = setup(tied=False)
-            callback = PartialEmbeddingCallback(partial, frozen_prefix=options)
+            callback = PartialEmbeddingCallback(partial, frozen_prefix=options, chunked_loss=name == "resumed")
             lengths = Lengths(model)
             data = {"optim": "sgd", "learning_rate": 1.0, "max_steps": last, "lr_scheduler_type": "constant"}
             train(model, tokenizer, partial, tmp_path / name, callbacks=[callback], resume=resume, **data)
