@@ -189,7 +189,9 @@ class _Matching:
     ) -> None:
         self.options, self.layer, self.depth = options, layer, depth
         self.runner = Runner(request.model, request.table)
-        self.reuse = can_reuse(self.runner, layer, snippets[0])
+        ordered = sorted(snippets, key=lambda snippet: snippet.start)
+        self.reuse = can_reuse(self.runner, layer, ordered[-1:])
+        self.together = self.reuse and can_reuse(self.runner, layer, [ordered[0], ordered[-1]])
         self.rate = options.learning_rate * root_mean_square(request.table, request.trained_rows)
         self.cached, self.bias = None, None
         if request.shared and options.head_weight:
@@ -199,7 +201,7 @@ class _Matching:
     def rows(self, group: Mapping[int, list[Snippet]], start: Tensor, turns: Sequence[int]) -> Tensor:
         options = self.options
         lesson = Lesson(self.runner, self.layer, self.depth, list(group.values()), options.batch_size, self.reuse,
-                        head=self.cached is not None)  # fmt: skip
+                        self.together, head=self.cached is not None)  # fmt: skip
         cached, bias = None, None
         if self.cached is not None:
             cached = self.cached.of_group([*group]).with_more(lesson.states, lesson.sums, lesson.labels)
