@@ -22,10 +22,10 @@ from .table_statistics import root_mean_square
 
 __all__ = ["Distill"]
 
-_STEPS = 30  # for each token, unless `steps` says otherwise
+_STEPS = 24  # for each token, unless `steps` says otherwise
 _FOLLOWING = 8  # ids behind a token whose states are matched
-_HEAD = 12  # weight of the output's loss beside that of one snippet, at `head_weight=1`
-_VERSION = 1  # of the computation, for rows that an interrupted run has left
+_HEAD = 30  # weight of the output's loss beside that of one snippet, at `head_weight=1`
+_VERSION = 2  # of the computation, for rows that an interrupted run has left
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Distill:
     mean of its pieces. The layers behind `layer` are not run, and nothing of the model changes.
 
     A row of a tied head is an output row, too, which has to predict the token where it belongs and only there. For it
-    `12 · head_weight` times the loss of `CachedHead` is added, on the hidden states of passes of the whole model:
+    `30 · head_weight` times the loss of `CachedHead` is added, on the hidden states of passes of the whole model:
     where the token is to come in its own snippets, and everywhere in a sample of 256 of all snippets. The rows
     of an untied head are fitted by `CachedHead` itself on the same texts; a head's bias and further tables
     start at the mean of the pieces.
@@ -66,7 +66,7 @@ class Distill:
             have one). About a token that is in none of them the model writes some, from `prompts`, if it can
             generate.
         layer: number, from 1, of the layer whose output is matched; a quarter of the layers if not given.
-        steps: of Adam for each token; 30 if not given.
+        steps: of Adam for each token; 24 if not given.
         learning_rate: at the start of the schedule, in units of the root mean square of the table's trained rows.
         batch_size: snippets that are run at once.
         per_token: largest number of snippets for each token.
@@ -189,7 +189,9 @@ class _Matching:
     ) -> None:
         self.options, self.layer, self.depth = options, layer, depth
         self.runner = Runner(request.model, request.table)
-        self.reuse = can_reuse(self.runner, layer, snippets[0])
+        ordered = sorted(snippets, key=lambda snippet: snippet.start)
+        self.reuse = can_reuse(self.runner, layer, ordered[-1:])
+        self.together = self.reuse and can_reuse(self.runner, layer, [ordered[0], ordered[-1]])
         self.rate = options.learning_rate * root_mean_square(request.table, request.trained_rows)
         self.cached, self.bias = None, None
         if request.shared and options.head_weight:
@@ -199,7 +201,7 @@ class _Matching:
     def rows(self, group: Mapping[int, list[Snippet]], start: Tensor, turns: Sequence[int]) -> Tensor:
         options = self.options
         lesson = Lesson(self.runner, self.layer, self.depth, list(group.values()), options.batch_size, self.reuse,
-                        head=self.cached is not None)  # fmt: skip
+                        self.together, head=self.cached is not None)  # fmt: skip
         cached, bias = None, None
         if self.cached is not None:
             cached = self.cached.of_group([*group]).with_more(lesson.states, lesson.sums, lesson.labels)

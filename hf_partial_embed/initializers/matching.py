@@ -6,12 +6,11 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .running import LARGEST_ERROR, Runner, branch
+from .running import LARGEST_ERROR, Before, Runner
 from .snippets import Snippet
 
 __all__ = ["Lesson", "can_reuse", "fit", "trimmed"]
@@ -41,7 +40,7 @@ def trimmed(snippet: Snippet, following: int) -> Snippet:
 
 @dataclass(frozen=True)
 class _Part:
-    """Snippets of different tokens that begin with equally many ids, with what does not change while rows are fitted.
+    """Snippets of different tokens, with what does not change while their rows are fitted.
 
     Attributes:
         snippets: one of each token.
@@ -54,17 +53,18 @@ class _Part:
 
     snippets: Sequence[Snippet]
     rows: Sequence[int]
-    cache: Any
+    cache: Before | None
     targets: Tensor
     weights: Tensor
 
     def loss(self, runner: Runner, layer: nn.Module, rows: Tensor) -> Tensor:
         """Sum over the snippets of the squared distance, in units of the mean square of their targets."""
-        skipped = 0 if self.cache is None else self.snippets[0].start
-        places = [(snippet.start - skipped, row) for snippet, row in zip(self.snippets, self.rows, strict=True)]
-        ids = [snippet.shortened[skipped:] for snippet in self.snippets]
-        states = runner.until(layer, ids, rows, places, branch(self.cache))
-        first = self.snippets[0].start - skipped
+        # Without a cache all begin with equally many ids.
+        first = self.snippets[0].start if self.cache is None else 0
+        skipped = [snippet.start - first for snippet in self.snippets]
+        ids = [snippet.shortened[skip:] for snippet, skip in zip(self.snippets, skipped, strict=True)]
+        places = [(first, row) for row in self.rows]
+        states = runner.until(layer, ids, rows, places, self.cache and self.cache.branch())
         distances = (states[:, first:].float() - self.targets).square().sum(-1)
         weighted: Tensor = (self.weights * distances).sum()
         return weighted
@@ -84,6 +84,7 @@ class Lesson:
         snippets: of each token of the group, at least one.
         batch_size: snippets that are run at once.
         reuse: whether keys and values are kept, and used.
+        together: whether snippets are run together that begin with different numbers of ids.
         head: whether the head's input is wanted.
 
     Attributes:
@@ -103,72 +104,81 @@ class Lesson:
         snippets: Sequence[Sequence[Snippet]],
         batch_size: int,
         reuse: bool,
+        together: bool,
         head: bool,
     ) -> None:
         self.turns: list[list[_Part]] = []
         states, sums, labels = [], [], []
         for turn in range(max(map(len, snippets))):
             parts = []
-            for batch, rows in _alike([own[turn % len(own)] for own in snippets], batch_size):
-                start = batch[0].start
-                ahead = [snippet.original[:start] for snippet in batch]
+            for batch, rows in _batches([own[turn % len(own)] for own in snippets], batch_size, together):
+                ahead = [snippet.original[: snippet.start] for snippet in batch]
                 cache = runner.new_cache() if reuse else None
                 if head:
                     # Near the token others come, too, where it would be proposed most easily.
-                    positions = [start - 1, *range(start - 2, -1, -_EVERY)]
-                    hidden, _, logits = runner.head(ahead, [positions] * len(batch), cache)
+                    positions = [[-1, *range(-2, -1 - len(ids), -_EVERY)] for ids in ahead]
+                    hidden, _, logits = runner.head(ahead, positions, cache)
                     states.append(hidden)
                     sums.append(logits.float().logsumexp(-1))
-                    labels += [label for row in rows for label in [row, *[-1] * (len(positions) - 1)]]
+                    for row, own in zip(rows, positions, strict=True):
+                        labels += [row, *[-1] * (len(own) - 1)]
                 elif reuse:
                     runner.until(layer, ahead, cache=cache)
-                parts.append(_part(runner, layer, batch, rows, branch(cache, depth)))
+                parts.append(_part(runner, layer, batch, rows, cache and cache.branch(depth)))
             self.turns.append(parts)
         if head:
             self.states, self.sums = torch.cat(states), torch.cat(sums)
             self.labels = torch.tensor(labels, device=self.states.device)
 
 
-def _alike(snippets: Sequence[Snippet], size: int) -> Iterator[tuple[list[Snippet], list[int]]]:
-    """Batches of snippets that begin with equally many ids, and where their tokens are in the list."""
+def _batches(snippets: Sequence[Snippet], size: int, together: bool) -> Iterator[tuple[list[Snippet], list[int]]]:
+    """Batches of snippets, and where their tokens are in the list; those that begin with equally many ids are apart
+    from others unless they may come together.
+    """
     by_start: dict[int, list[int]] = {}
-    for row in sorted(range(len(snippets)), key=lambda row: len(snippets[row].original)):
-        by_start.setdefault(snippets[row].start, []).append(row)
+    for row in sorted(range(len(snippets)), key=lambda row: (snippets[row].start, len(snippets[row].original))):
+        by_start.setdefault(0 if together else snippets[row].start, []).append(row)
     for rows in by_start.values():
         for first in range(0, len(rows), size):
             batch = rows[first : first + size]
             yield [snippets[row] for row in batch], batch
 
 
-def _part(runner: Runner, layer: nn.Module, batch: list[Snippet], rows: list[int], cache: Any) -> _Part:
-    skipped = 0 if cache is None else batch[0].start
-    states = runner.until(layer, [snippet.original[skipped:] for snippet in batch], cache=branch(cache))
+def _part(runner: Runner, layer: nn.Module, batch: list[Snippet], rows: list[int], cache: Before | None) -> _Part:
+    skipped = [0 if cache is None else snippet.start for snippet in batch]
+    ids = [snippet.original[skip:] for snippet, skip in zip(batch, skipped, strict=True)]
+    states = runner.until(layer, ids, cache=cache and cache.branch())
     longest = 1 + max(snippet.following for snippet in batch)
     targets = states.new_zeros(len(batch), longest, states.shape[-1], dtype=torch.float32)
     weights = targets.new_zeros(len(batch), longest)
     for number, snippet in enumerate(batch):
-        count, last = 1 + snippet.following, snippet.end - skipped
+        count, last = 1 + snippet.following, snippet.end - skipped[number]
         targets[number, :count] = states[number, last : last + count]
         weights[number, :count] = 1 / targets[number, :count].square().sum().clamp(min=1e-30)
     return _Part(batch, rows, cache, targets, weights)
 
 
 @torch.no_grad()
-def can_reuse(runner: Runner, layer: nn.Module, snippet: Snippet) -> bool:
-    """Whether a text in two parts, the second on the first one's keys and values, has the states that it has whole."""
-    start, ids = snippet.start, snippet.original
-    whole = runner.until(layer, [ids])[0, start:].float()
+def can_reuse(runner: Runner, layer: nn.Module, snippets: Sequence[Snippet]) -> bool:
+    """Whether texts in two parts, the second on the first one's keys and values, have the states that each has whole
+    and alone; some may begin with more ids than others.
+    """
+    wholes = [runner.until(layer, [snippet.original])[0, snippet.start :].float() for snippet in snippets]
     try:
         cache = runner.new_cache()
-        runner.until(layer, [ids[:start]], cache=cache)
-        parted = runner.until(layer, [ids[start:]], cache=cache)[0].float()
-        error = float((parted - whole).norm() / whole.norm())
+        runner.until(layer, [snippet.original[: snippet.start] for snippet in snippets], cache=cache)
+        parted = runner.until(layer, [snippet.original[snippet.start :] for snippet in snippets], cache=cache).float()
+        error = max(
+            float((made[: len(whole)] - whole).norm() / whole.norm())
+            for made, whole in zip(parted, wholes, strict=True)
+        )
         reason = f"the states differ by {error:.1g}"
         fits = error <= LARGEST_ERROR.get(next(layer.parameters()).dtype, 5e-2)
     except Exception as found:  # noqa: BLE001 whatever goes wrong, running all of it is there
         fits, reason = False, f"{type(found).__name__}: {found}"
     if not fits:
-        logger.info("What comes before new tokens is run in each step, since it cannot be kept: %s.", reason)
+        starts = sorted({snippet.start for snippet in snippets})
+        logger.info("Keys and values of what comes before new tokens, %s ids, cannot be kept: %s.", starts, reason)
     return fits
 
 

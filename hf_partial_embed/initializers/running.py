@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import DynamicCache
 
 from ..errors import PartialEmbeddingError
 
-__all__ = ["CACHES", "LARGEST_ERROR", "Runner", "branch", "decoder_layers", "undisturbed"]
+__all__ = ["CACHES", "LARGEST_ERROR", "Before", "Runner", "decoder_layers", "undisturbed"]
 
 
 CACHES = ("cache", "past_key_values")  # what `transformers` calls keys and values, since 5.24 and before
@@ -99,6 +100,7 @@ class Runner:
         open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         self.cache_name = next((name for name in CACHES if name in parameters), None)
         self.options = {"use_cache": False} if open_ended or "use_cache" in parameters else {}
+        self.takes_positions = "position_ids" in parameters
 
     @torch.no_grad()
     def _scale(self, table: Tensor) -> float:
@@ -114,9 +116,9 @@ class Runner:
             "out before they are added. Use init='subtoken_mean'."
         )
 
-    def new_cache(self) -> Any:
-        """An empty cache for keys and values; `None` where the model takes none."""
-        return None if self.cache_name is None else DynamicCache(config=self.model.config)
+    def new_cache(self) -> Before | None:
+        """For the keys and values of what comes first; `None` where the model takes none."""
+        return None if self.cache_name is None else Before(DynamicCache(config=self.model.config))
 
     def until(
         self,
@@ -124,13 +126,14 @@ class Runner:
         sequences: Sequence[Sequence[int]],
         rows: Tensor | None = None,
         places: Sequence[tuple[int, int]] = (),
-        cache: Any = None,
+        cache: Before | None = None,
     ) -> Tensor:
         """The output of a layer; the layers behind it are not run.
 
         Args:
             layer: a module of the model.
-            sequences: `B` lists of ids, padded on the right to the longest.
+            sequences: `B` lists of ids, padded on the right to the longest; on the left if `cache` is empty, so that
+                what follows stands behind each.
             rows (`torch.Tensor` of shape `(K, d)`, *optional*): new rows; gradients reach them.
             places: for each sequence, if `rows` are given, the position of its new token and the index of its row.
             cache: keys and values of what comes before the sequences, if anything does; theirs are added.
@@ -155,13 +158,13 @@ class Runner:
         )
 
     def head(
-        self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], cache: Any = None
+        self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], cache: Before | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run the whole model; the head only where it is asked for.
 
         Args:
-            sequences: `B` lists of ids.
-            positions: for each sequence where its states are wanted, `N` in all.
+            sequences: `B` lists of ids, padded as in `until`.
+            positions: for each sequence where its states are wanted, `N` in all, counted with the padding.
             cache: takes the keys and values of the sequences, if it is given.
 
         Returns:
@@ -197,15 +200,26 @@ class Runner:
         sequences: Sequence[Sequence[int]],
         rows: Tensor | None,
         places: Sequence[tuple[int, int]],
-        cache: Any = None,
+        cache: Before | None = None,
     ) -> Any:
         longest = max(map(len, sequences))
-        ids = torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in sequences], device=self.device)
-        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences], device=self.device)
+        padding = [longest - len(ids) for ids in sequences]
+        first = cache is not None and cache.mask is None
+        made = [[ids[-1]] * pad + [*ids] if first else [*ids] + [ids[-1]] * pad
+                for ids, pad in zip(sequences, padding, strict=True)]  # fmt: skip
+        ids = torch.tensor(made, device=self.device)
+        columns = torch.arange(longest, device=self.device)
+        pads = torch.tensor(padding, device=self.device)[:, None]
+        mask = (columns >= pads if first else columns < longest - pads).long()
         options: dict[str, Any] = dict(self.options)
         if cache is not None and self.cache_name is not None:
-            options |= {"use_cache": True, self.cache_name: cache}
-            mask = torch.cat([mask.new_ones(len(mask), cache.get_seq_length()), mask], 1)
+            if cache.mask is None:
+                cache.mask = mask
+            else:
+                mask = torch.cat([cache.mask, mask], 1)
+            options |= {"use_cache": True, self.cache_name: cache.cache}
+            if self.takes_positions and not cache.mask.all():
+                options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -longest:]
         handle = None
         if rows is not None:
             at = torch.tensor([position for position, _ in places], device=self.device)
@@ -235,18 +249,27 @@ def _cache_of(output: Any) -> Any:
     return next((cache for name in CACHES if (cache := getattr(output, name, None)) is not None), None)
 
 
-def branch(cache: Any, depth: int | None = None) -> Any:
-    """A cache to which a forward adds without changing this one, whose tensors stay where they are.
+@dataclass
+class Before:
+    """Keys and values of what comes before some sequences.
 
-    Args:
-        cache: of `Runner.new_cache`; `None` stays it.
-        depth: how many layers it is for, the first ones; all if not given.
+    Attributes:
+        cache: of `transformers`, to which a forward adds.
+        mask (`torch.Tensor` of shape `(B, P)`, *optional*): 1 for an id, 0 for padding; `None` while it is empty.
     """
-    if cache is None:
-        return None
-    made = copy.copy(cache)
-    # A layer puts new tensors in place of its old ones.
-    made.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in made.layers[len(made.layers) if depth is None else depth :]:
-        layer.reset()
-    return made
+
+    cache: Any
+    mask: Tensor | None = None
+
+    def branch(self, depth: int | None = None) -> Before:
+        """One to which a forward adds without changing this one, whose tensors stay where they are.
+
+        Args:
+            depth: how many layers of the model it is for, the first ones; all if not given.
+        """
+        made = copy.copy(self.cache)
+        # A layer puts new tensors in place of its old ones.
+        made.layers = [copy.copy(layer) for layer in self.cache.layers]
+        for layer in made.layers[len(made.layers) if depth is None else depth :]:
+            layer.reset()
+        return Before(made, self.mask)

@@ -103,7 +103,8 @@ def in_groups(snippets: Iterable[Snippet]) -> list[dict[int, list[Snippet]]]:
 
 def sample_of(snippets: Sequence[Snippet]) -> list[Snippet]:
     """Some of them, from all over."""
-    return list(snippets[:: max(1, len(snippets) // _SAMPLE)][:_SAMPLE])
+    count = min(_SAMPLE, len(snippets))
+    return [snippets[number * len(snippets) // count] for number in range(count)]
 
 
 def _around_pieces(

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from hf_partial_embed import PartialEmbeddingError, choose_tokens
 from hf_partial_embed.initializers import CachedHead, Distill, InitRequest, distill, snippets
 from hf_partial_embed.initializers.head import CachedStates
+from hf_partial_embed.initializers.matching import can_reuse, trimmed
 from hf_partial_embed.initializers.running import Runner, decoder_layers, undisturbed
 from hf_partial_embed.initializers.snippets import _pattern, snippets_of
 from hf_partial_embed.tokens.vocabulary import encode_all
@@ -137,6 +138,19 @@ class TestRunner:
             made = runner.until(block, masked, table_of(model)[[70, 7]], [(1, 0), (2, 1)])
         assert torch.allclose(made[0], expected[0], atol=1e-5)
         assert torch.allclose(made[1, :3], expected[1, :3], atol=1e-5)
+
+    @pytest.mark.parametrize("kind", ["llama", "phi", "gemma", "gpt2"])
+    def test_texts_that_begin_with_different_numbers_of_ids_run_together(self, kind):
+        model = lively(kind)
+        request, runner = request_of(model, bpe_tokenizer()), Runner(model, table_of(model))
+        found = snippets_of(request, [f"A{TOKENS[0]} is here.", *TEXTS], context=16, limit=8)
+        found = sorted((trimmed(snippet, 8) for snippet in found), key=lambda snippet: snippet.start)
+        assert found[0].start < found[-1].start
+        assert can_reuse(runner, decoder_layers(model)[1], [found[0], found[-1]])
+        if kind == "gpt2":  # has a position for each place, which padding shifts
+            runner.takes_positions = False
+            assert not can_reuse(runner, decoder_layers(model)[1], [found[0], found[-1]])
+            assert can_reuse(runner, decoder_layers(model)[1], found[-1:])
 
     def test_layers_behind_are_not_run(self):
         model, ran = build_model(), []
@@ -328,6 +342,21 @@ class TestManyTokens:
                 Distill(texts, steps=2, batch_size=2)(request)
             largest.append(seen.largest()[0])
         assert largest[1] <= largest[0] * 1.1
+
+    def test_a_step_runs_the_layers_once_for_tokens_whose_texts_begin_with_different_numbers_of_ids(self, monkeypatch):
+        ahead = ("The name of", "A")
+        texts = [f"{ahead[(n + i) % 2]}{token} is a name." for n in range(2) for i, token in enumerate(self.WORDS)]
+        init, ran, rows = Distill(texts, steps=6, layer=1), [], []
+        for together in (True, False):
+            model = lively()
+            decoder_layers(model)[0].register_forward_hook(lambda *_: ran.append(torch.is_grad_enabled()))
+            if not together:
+                monkeypatch.setattr(distill, "can_reuse", lambda *args: len(args[2]) == 1)
+            ran.clear()
+            partial = add_tokens(model, bpe_tokenizer(), list(self.WORDS), init=init)
+            assert sum(ran) == (6 if together else 12)
+            rows.append(partial.token_rows().input_rows)
+        assert (rows[0] - rows[1]).norm() < 1e-3 * (rows[1] - self.rows("subtoken_mean")).norm()
 
     def test_model_without_a_cache_runs_the_whole_text(self, monkeypatch):
         init = Distill(self.texts(), steps=4)
