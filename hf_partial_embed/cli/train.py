@@ -233,17 +233,10 @@ def _add(
     def add(init: Any) -> PartialEmbedding:
         return add_tokens(model, tokenizer, tokens, init=init, special=options.special, seed=options.seed)
 
-    def distill(texts: list[str]) -> PartialEmbedding:
-        return add(Distill(texts=texts, resume=unfinished, progress=not options.quiet))
-
     if options.init not in ("auto", "distill"):
-        return add(options.init), options.init == "distill"
+        return add(options.init), False
     try:
-        try:
-            return distill(texts), True
-        except PartialEmbeddingError:
-            # A token that only begins or ends texts has context where they are read one behind the other.
-            return distill(["\n".join(texts[at : at + 20]) for at in range(0, len(texts), 20)]), True
+        return add(Distill(texts=texts, resume=unfinished, progress=not options.quiet)), True
     except PartialEmbeddingError as error:
         if options.init == "distill":
             raise

@@ -22,7 +22,7 @@ from .table_statistics import root_mean_square
 
 __all__ = ["Distill"]
 
-_STEPS = 24  # for each token, unless `steps` says otherwise
+_STEPS = 30  # for each token, unless `steps` says otherwise
 _FOLLOWING = 8  # ids behind a token whose states are matched
 _HEAD = 30  # weight of the output's loss beside that of one snippet, at `head_weight=1`
 _VERSION = 2  # of the computation, for rows that an interrupted run has left
@@ -66,7 +66,7 @@ class Distill:
             have one). About a token that is in none of them the model writes some, from `prompts`, if it can
             generate.
         layer: number, from 1, of the layer whose output is matched; a quarter of the layers if not given.
-        steps: of Adam for each token; 24 if not given.
+        steps: of Adam for each token; 30 if not given.
         learning_rate: at the start of the schedule, in units of the root mean square of the table's trained rows.
         batch_size: snippets that are run at once.
         per_token: largest number of snippets for each token.

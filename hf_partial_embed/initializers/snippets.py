@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ _CHARACTERS = 12
 _TEXTS_AT_ONCE = 1000
 _PROMPTS_AT_ONCE = 64
 _TOKENS_AT_ONCE = 64  # so that what is kept of a model's run does not grow with the number of tokens
+_JOINED = 20  # texts that are read one behind the other
 _SAMPLE = 256  # snippets of all tokens that tell every group where its tokens do not come
 
 
@@ -72,18 +74,30 @@ def snippets_of(request: InitRequest, texts: Sequence[str], *, context: int, lim
     """
     tokens = list(request.tokens)
     opening = _opening(request.tokenizer)
-    snippets = [
-        *_around_pieces(request, texts, opening, context, limit),
-        *_around_added(request, texts, opening, context, limit),
-    ]
-    seen = {snippet.token for snippet in snippets}
     preview = request.previewed()
-    missing = [
-        row
-        for row, text in enumerate(tokens)
-        if row not in seen
-        and (preview is None or preview.ids[row] is None or not any(text in tokens[other] for other in seen))
-    ]
+
+    def around(texts: Sequence[str], wanted: Collection[int]) -> list[Snippet]:
+        return [
+            *_around_pieces(request, texts, opening, context, limit, wanted),
+            *_around_added(request, texts, opening, context, limit, wanted),
+        ]
+
+    def lacking(snippets: Iterable[Snippet]) -> list[int]:
+        seen = {snippet.token for snippet in snippets}
+        return [
+            row
+            for row, text in enumerate(tokens)
+            if row not in seen
+            and (preview is None or preview.ids[row] is None or not any(text in tokens[other] for other in seen))
+        ]
+
+    snippets = around(texts, range(len(tokens)))
+    missing = lacking(snippets)
+    if missing and len(texts) > 1:
+        # A token that only begins or ends texts has context where they are read one behind the other.
+        joined = ["\n".join(texts[first : first + _JOINED]) for first in range(0, len(texts), _JOINED)]
+        snippets += around(joined, set(missing))
+        missing = lacking(snippets)
     if missing:
         raise PartialEmbeddingError(
             f"No text has {shorten([tokens[index] for index in missing])} with something before and behind it. Give "
@@ -108,13 +122,13 @@ def sample_of(snippets: Sequence[Snippet]) -> list[Snippet]:
 
 
 def _around_pieces(
-    request: InitRequest, texts: Sequence[str], opening: list[int], context: int, limit: int
+    request: InitRequest, texts: Sequence[str], opening: list[int], context: int, limit: int, wanted: Collection[int]
 ) -> Iterator[Snippet]:
     """Snippets of tokens that become pieces of the vocabulary: where the tokenizer is going to find them."""
     preview = request.previewed()
     if preview is None:
         return
-    rows = {token_id: row for row, token_id in enumerate(preview.ids[: len(request.tokens)]) if token_id is not None}
+    rows = {preview.ids[row]: row for row in wanted if preview.ids[row] is not None}
     found = dict.fromkeys(rows, 0)
     for first in range(0, len(texts), _TEXTS_AT_ONCE):
         for ids in preview.read(texts[first : first + _TEXTS_AT_ONCE]):
@@ -136,30 +150,37 @@ def _around_pieces(
 
 
 def _around_added(
-    request: InitRequest, texts: Sequence[str], opening: list[int], context: int, limit: int
+    request: InitRequest, texts: Sequence[str], opening: list[int], context: int, limit: int, wanted: Collection[int]
 ) -> Iterator[Snippet]:
-    """Snippets of added tokens: wherever their text stands."""
+    """Snippets of added tokens: wherever their text stands and is whole pieces of its own."""
     preview = request.previewed()
     rows = {token: row for row, token in enumerate(request.tokens) if preview is None or preview.ids[row] is None}
-    if not rows:
+    if rows.keys().isdisjoint(request.tokens[row] for row in wanted):
         return
     pattern = _pattern(rows)
-    found: dict[int, list[tuple[str, str, str]]] = {row: [] for row in rows.values()}
-    reach = context * _CHARACTERS
-    for text in texts:
+    # All of them, since many may be inside of longer words: numbers, for they are as many as the texts have.
+    found = {row: array("q") for row in rows.values() if row in wanted}
+    for number, text in enumerate(texts):
         for match in pattern.finditer(text):
-            occurrences = found[rows[match.group()]]
-            if len(occurrences) < limit:
-                before = text[max(0, match.start() - reach) : match.start()]
-                occurrences.append((before, match.group(), text[match.end() : match.end() + reach]))
-    flat = [(token, *parts) for token, occurrences in found.items() for parts in occurrences]
-    befores = encode_all(request.tokenizer, [before for _, before, _, _ in flat], unknown=True)
-    afters = encode_all(request.tokenizer, [after for _, _, _, after in flat], unknown=True)
-    wholes = encode_all(request.tokenizer, ["".join(parts) for _, *parts in flat], unknown=True)
-    for entry, lead, tail, whole in zip(flat, befores, afters, wholes, strict=True):
-        snippet = _align(entry[0], opening, lead, tail, whole, context)
-        if snippet is not None:
-            yield snippet
+            occurrences = found.get(rows[match.group()])
+            if occurrences is not None:
+                occurrences.extend((number, *match.span()))
+    reach = context * _CHARACTERS
+    candidates = {row: zip(*[iter(occurrences)] * 3, strict=True) for row, occurrences in found.items()}
+    missing = dict.fromkeys(found, limit)
+    while tried := [(row, *place) for row, number in missing.items() for place in islice(candidates[row], number)]:
+        parts = [
+            (texts[at][max(0, start - reach) : start], texts[at][start:end], texts[at][end : end + reach])
+            for _, at, start, end in tried
+        ]
+        befores = encode_all(request.tokenizer, [before for before, _, _ in parts], unknown=True)
+        afters = encode_all(request.tokenizer, [after for _, _, after in parts], unknown=True)
+        wholes = encode_all(request.tokenizer, ["".join(part) for part in parts], unknown=True)
+        for (row, *_), before, after, whole in zip(tried, befores, afters, wholes, strict=True):
+            snippet = _align(row, opening, before, after, whole, context)
+            if snippet is not None:
+                missing[row] -= 1
+                yield snippet
 
 
 def _align(

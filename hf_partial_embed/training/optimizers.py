@@ -224,14 +224,16 @@ def take_from_optimizer(partial: PartialEmbedding, optimizer: Any) -> bool:
 
 _SHARED = "hf_partial_embed_shared"
 _FIRST, _SECOND, _TINY = 0.9, 0.999, 1e-8
-_MOST_SHARED = 10.0
+# Times the rows' own rate, and at most so many times `auto_learning_rate`.
+_MOST_SHARED = 24.0
+_FASTEST_SHARED = 2.5
 
 
 class SharedStep:
     """Moves all rows of a table together, beside the step that each takes by itself.
 
     As if each row were its own part plus one part that all of them share, `w_k + u`: the gradient of `u` is the sum
-    of the rows' gradients, and `u` takes Adam's step with it, at ten times the rows' own rate, but at most at that of
+    of the rows' gradients, and `u` takes Adam's step with it, at 24 times the rows' own rate, but at most at 2.5 times
     `auto_learning_rate`. A row alone sees the few texts that have its token, and learns what these happen to say; what
     all of the texts have in common is in the sum, where the rest averages out. The rows stay one parameter, and
     nothing else of the model changes.
@@ -249,7 +251,8 @@ class SharedStep:
 
     def __init__(self, optimizer: Any, partials: Sequence[PartialEmbedding], top_rate: float | None) -> None:
         self.optimizer = optimizer
-        self.factor = min(_MOST_SHARED, auto_learning_rate(partials[0]) / top_rate) if top_rate else 0.0
+        fastest = _FASTEST_SHARED * auto_learning_rate(partials[0])
+        self.factor = min(_MOST_SHARED, fastest / top_rate) if top_rate else 0.0
         self.tables: list[tuple[nn.Parameter, int, list[int] | None]] = []
         for partial in partials:
             for table in partial.trained_tables().values():

@@ -109,6 +109,26 @@ class TestSnippets:
         with pytest.raises(PartialEmbeddingError, match="No text has ' zqx' with something before and behind it"):
             snippets_of(request, TEXTS, context=8, limit=8)
 
+    def test_occurrences_inside_of_longer_words_are_passed_over(self):
+        tokenizer = bpe_tokenizer()
+        texts = [*["a story of"] * 20, *["the sto is a sto too"] * 2]
+        assert (
+            tokenizer("the namesake")["input_ids"] != tokenizer("the")["input_ids"] + tokenizer(" name")["input_ids"]
+        )
+        found = snippets_of(request_of(build_model(), tokenizer, [" sto"]), texts, context=8, limit=3)
+        assert len(found) == 3
+        assert all(tokenizer.decode(snippet.original[snippet.start : snippet.end + 1]) == " sto" for snippet in found)
+
+    @pytest.mark.parametrize("entry", ["added", "vocabulary"])
+    def test_token_that_only_begins_or_ends_texts_has_the_next_one_as_context(self, entry):
+        tokens, texts = ["Zqx", " zqk"], ["a story", "Zqx is a story", "a story of zqk", "a story"]
+        start, made = (
+            add_tokens(lively("llama"), bpe_tokenizer(), tokens, entry=entry, init=init)
+            for init in ("subtoken_mean", Distill(texts, layer=1, steps=3))
+        )
+        at = [made.tokens.index(token) for token in tokens]
+        assert (made.token_rows().input_rows != start.token_rows().input_rows)[at].any(1).all()
+
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_piece_that_is_only_a_part_of_others_stays_at_the_mean_of_its_pieces(tied):

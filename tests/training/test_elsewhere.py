@@ -96,7 +96,9 @@ def test_step_is_adams_with_own_and_shared_parts_as_parameters(strategy):
     at = partial.token_ids if strategy == "mask" else list(range(len(TOKENS)))
     target = torch.randn(len(TOKENS), parameter.shape[1], generator=torch.Generator().manual_seed(0))
     own, shared = parameter.detach()[at].requires_grad_(True), torch.zeros(1, parameter.shape[1], requires_grad=True)
-    expected = torch.optim.Adam([{"params": [own]}, {"params": [shared], "lr": auto_learning_rate(partial)}], lr=0.01)
+    expected = torch.optim.Adam(
+        [{"params": [own]}, {"params": [shared], "lr": 2.5 * auto_learning_rate(partial)}], lr=0.01
+    )
     made = torch.optim.Adam([parameter], lr=0.01)
     made.register_step_post_hook(SharedStep(made, [partial], top_rate=0.01))
     for _ in range(20):
