@@ -12,7 +12,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from ..errors import PartialEmbeddingError
 from .finished import FinishedRows, digest_of
-from .head import FREQUENCY, CachedHead, CachedStates, new_bias
+from .head import CachedHead, CachedStates, frequency_among, new_bias
 from .matching import Lesson, can_reuse, fit, trimmed
 from .pieces import subtoken_mean
 from .registry import InitRequest, register
@@ -25,7 +25,7 @@ __all__ = ["Distill"]
 _STEPS = 30  # for each token, unless `steps` says otherwise
 _FOLLOWING = 8  # ids behind a token whose states are matched
 _HEAD = 30  # weight of the output's loss beside that of one snippet, at `head_weight=1`
-_VERSION = 2  # of the computation, for rows that an interrupted run has left
+_VERSION = 3  # of the computation, for rows that an interrupted run has left
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class Distill:
         context: largest number of ids before, and behind, the token in a snippet.
         head_weight: weight of the output's loss on a tied head. 0 saves the pass of the whole model, but then the new
             token is hardly predicted.
-        frequency: of each new token among the tokens of running text, for the output's loss.
+        frequency: of each new token among the tokens of running text, for the output's loss; 2e-4 if not given, but
+            at most 0.02 for all of them together.
         prompts: beginnings of the texts that the model writes, with `{token}`.
         resume: folder for the rows of each group as soon as it is finished. Called again with the same model, tokens,
             texts, settings and seed, as after an interruption, these are taken from there and come out the same.
@@ -93,7 +94,7 @@ class Distill:
     per_token: int = 8
     context: int = 16
     head_weight: float = 0.3
-    frequency: float = FREQUENCY
+    frequency: float | None = None
     prompts: Sequence[str] = PROMPTS
     resume: str | os.PathLike[str] | None = None
     progress: bool = True
@@ -195,7 +196,8 @@ class _Matching:
         self.rate = options.learning_rate * root_mean_square(request.table, request.trained_rows)
         self.cached, self.bias = None, None
         if request.shared and options.head_weight:
-            self.cached = CachedStates.of(request.model, sample_of(snippets), options._whole, options.frequency)
+            frequency = frequency_among(len(request.tokens), options.frequency)
+            self.cached = CachedStates.of(request.model, sample_of(snippets), options._whole, frequency)
             self.bias = new_bias(request)
 
     def rows(self, group: Mapping[int, list[Snippet]], start: Tensor, turns: Sequence[int]) -> Tensor:

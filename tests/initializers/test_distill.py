@@ -435,7 +435,7 @@ class TestCachedHead:
         found = partial.token_rows().output_rows.double()
         partial.detach()
         snippets = snippets_of(request_of(model, tokenizer), TEXTS, context=16, limit=8)
-        cached = CachedStates.of(model, snippets, 12, init.frequency)
+        cached = CachedStates.of(model, snippets, 12, 2e-4)
         penalty = init.penalty * cached.states.square().mean()
         objective = lambda rows: (cached.loss(rows, None) + penalty * (rows - start).square().sum() / 2).item()  # noqa: E731
         assert objective(found) < objective(start)
@@ -456,6 +456,17 @@ class TestCachedHead:
             shares.append(logits.softmax(-1)[..., partial.token_ids].sum().item())
             partial.detach()
         assert shares[1] < shares[0] / 2
+
+    def test_many_tokens_are_as_frequent_together_as_a_hundred(self, tied):
+        tokens = [f"<{number}>" for number in range(125)]
+        texts = [f"a story of {token} is a story" for token in tokens]
+        default, given, other = (
+            add_tokens(lively(tied=tied), bpe_tokenizer(), tokens, init=init).token_rows()
+            for init in (Distill(texts, layer=1, steps=2, frequency=each) for each in (None, 0.02 / 125, 2e-4))
+        )
+        attribute = "input_rows" if tied else "output_rows"
+        assert torch.equal(getattr(default, attribute), getattr(given, attribute))
+        assert not torch.equal(getattr(default, attribute), getattr(other, attribute))
 
     def test_input_rows_and_tied_rows_stay_the_mean_of_the_pieces(self, tied):
         made, expected = (
