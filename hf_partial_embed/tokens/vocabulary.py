@@ -105,26 +105,23 @@ def known_ids(tokenizer: Any, texts: Sequence[str]) -> list[int | None]:
     """`known_id` of many texts."""
     unk_id = tokenizer.unk_token_id
     unk = None if unk_id is None else tokenizer.unk_token
-    plain = _is_its_backend(tokenizer, "convert_tokens_to_ids", "_convert_token_to_id_with_added_voc")
-    id_of = tokenizer._tokenizer.token_to_id if plain else tokenizer.convert_tokens_to_ids
-    ids: list[int | None] = []
-    if plain:
-        ids = [id_of(text) for text in texts]
-        if unk_id is not None and unk_id in ids:
-            ids = [
-                None if token_id == unk_id and text != unk else token_id
-                for text, token_id in zip(texts, ids, strict=True)
-            ]
-        return ids
-    for text in texts:
-        token_id = id_of(text)
-        if not isinstance(token_id, int) or (token_id == unk_id and text != unk):
-            ids.append(None)
-            continue
-        # Byte tokenizers written in Python make an id of any single character.
-        made_up = not tokenizer.is_fast and token_id >= len(tokenizer) and text not in tokenizer.get_vocab()
-        ids.append(None if made_up else token_id)
-    return ids
+    if _is_its_backend(tokenizer, "convert_tokens_to_ids", "_convert_token_to_id_with_added_voc"):
+        found = [tokenizer._tokenizer.token_to_id(text) for text in texts]
+    else:
+        found = [_id_by_method(tokenizer, text) for text in texts]
+    return [
+        None if token_id is not None and token_id == unk_id and text != unk else token_id
+        for text, token_id in zip(texts, found, strict=True)
+    ]
+
+
+def _id_by_method(tokenizer: Any, text: str) -> int | None:
+    token_id = tokenizer.convert_tokens_to_ids(text)
+    if not isinstance(token_id, int):
+        return None
+    # Byte tokenizers written in Python make an id of any single character.
+    made_up = not tokenizer.is_fast and token_id >= len(tokenizer) and text not in tokenizer.get_vocab()
+    return None if made_up else token_id
 
 
 def find_ids(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
