@@ -178,7 +178,7 @@ class _Tests:
         """Which token of equal rows these belong to, if its relatives say so: words that differ in case or marks."""
         if not hasattr(self, "_relatives"):
             self._relatives: dict[str, list[int]] = defaultdict(list)
-            for token_id, text in texts.items():
+            for token_id, text in sorted(texts.items()):  # a tokenizer lists them in no order of its own
                 if token_id < self.size and (word := _word(text)):
                     self._relatives[word].append(token_id)
         like = []
@@ -273,4 +273,7 @@ def _bounds(norms: Tensor) -> tuple[float, float, float]:
 
 
 def _word(text: str) -> str:
+    """The word that a token spells, without case and marks; a name in brackets spells none (`</s>` is no `s`)."""
+    if re.fullmatch(r"<.*>|\[.*\]", text, re.DOTALL):
+        return ""
     return re.sub(r"[\W_]+|^Ġ|^##", "", text).casefold()
