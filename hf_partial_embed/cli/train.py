@@ -181,11 +181,6 @@ def _trained(
     from ..tokens.choosing import choose_tokens
 
     tokenizer = load_tokenizer(options.model)
-    if tokenizer.pad_token_id is None:
-        raise PartialEmbeddingError(
-            "The tokenizer has no padding token, which batches of texts of different lengths need. Set one and save "
-            "it with the model (often the end-of-text token)."
-        )
     training, held_out = split(data.rendered(tokenizer), options.held_out, options.seed)
     given = elsewhere.rendered(tokenizer) if elsewhere else []
     if tokens is None:

@@ -13,7 +13,7 @@ from ..errors import PartialEmbeddingError
 if TYPE_CHECKING:
     from ..attachment.partial import PartialEmbedding
 
-__all__ = ["blocks", "precision", "run_trainer"]
+__all__ = ["blocks", "collate", "precision", "run_trainer"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def run_trainer(
     if options.steps == 0:
         return []
     import torch
-    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments, set_seed
+    from transformers import Trainer, TrainingArguments, set_seed
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from ..training.optimizers import auto_learning_rate
@@ -72,7 +72,7 @@ def run_trainer(
         model=model,
         args=arguments,
         train_dataset=blocks(tokenizer, texts, options.max_length, special=not rendered),
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        data_collator=functools.partial(collate, pad=tokenizer.pad_token_id or 0),
         callbacks=[callback],
     )
     for printing in (PrinterCallback, ProgressCallback):  # they print on standard output, which is the command's
@@ -142,3 +142,24 @@ def blocks(tokenizer: Any, texts: list[str], length: int, *, special: bool) -> l
     read = tokenizer(texts, add_special_tokens=special)["input_ids"]
     parts = [ids[first : first + length] for ids in read for first in range(0, len(ids), length)]
     return [{"input_ids": ids} for ids in parts if len(ids) > 1]
+
+
+def collate(items: list[dict[str, list[int]]], pad: int) -> dict[str, Any]:
+    """Texts as a batch, in which each of their ids is a label.
+
+    The language modelling collator of `transformers` takes every padding token out of the labels: where the token
+    that ends a turn is the padding, too, no model would learn to end one.
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    ids = [torch.tensor(item["input_ids"]) for item in items]
+
+    def padded(values: list[torch.Tensor], value: int) -> torch.Tensor:
+        return pad_sequence(values, batch_first=True, padding_value=value)
+
+    return {
+        "input_ids": padded(ids, pad),
+        "attention_mask": padded([torch.ones_like(one) for one in ids], 0),
+        "labels": padded(ids, -100),
+    }

@@ -166,6 +166,32 @@ def test_switches_of_the_training(place, monkeypatch, switch):  # noqa: F811
     assert not (place / "out.training").exists()  # nor the cache in it
 
 
+@pytest.mark.parametrize("padding", ["none", "the end of a turn"])
+def test_the_end_of_a_turn_is_learnt_whatever_the_padding_is(place, monkeypatch, padding):  # noqa: F811
+    """Of many chat models the token that ends a turn is the padding, too; others have no padding at all."""
+    path = chats(place)
+    tokenizer = AutoTokenizer.from_pretrained(place / "base")
+    tokenizer.chat_template = tokenizer.chat_template.replace("{% endfor %}", "</s>{% endfor %}")
+    tokenizer.pad_token = None if padding == "none" else "</s>"
+    tokenizer.save_pretrained(place / "base")
+    assert AutoTokenizer.from_pretrained(place / "base").pad_token == tokenizer.pad_token
+    seen = []
+    step = Trainer.training_step
+
+    def noted(self, model, inputs, *args, **kwargs):
+        seen.append({name: values.clone() for name, values in inputs.items()})
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", noted)
+    assert run(place, *QUICK, "--body", "full", "--batch-size", 8, data=path.name) == 0
+    (batch,) = seen
+    assert (batch["attention_mask"] == 0).any()
+    for ids, labels, mask in zip(*(batch[name] for name in ("input_ids", "labels", "attention_mask")), strict=True):
+        length = int(mask.sum())
+        assert torch.equal(labels[:length], ids[:length]) and set(labels[length:].tolist()) <= {-100}
+        assert labels[length - 1] == tokenizer.eos_token_id
+
+
 # --------------------------------------------------------------------------------------------------- interrupt, resume
 
 
