@@ -39,9 +39,10 @@ def frozen_normalizers(input: Tensor, head: nn.Linear, *, transform: Transform |
         chunks = Chunks(operands, x, transform, len(x))
         found = x.new_empty(len(x), dtype=chunks.exact)
         for span in chunks.spans:
-            logits = chunks.logits(x[span]).to(chunks.exact).index_fill_(1, ids, -torch.inf)
-            largest = logits.amax(1, keepdim=True)
-            found[span] = logits.sub_(largest).exp_().sum(1).log_().add_(largest.squeeze(1))
+            for block in chunks.blocks(x[span]):
+                logits = chunks.logits(block).to(chunks.exact).index_fill_(1, ids, -torch.inf)
+                largest = logits.amax(1, keepdim=True)
+                found[span][block] = logits.sub_(largest).exp_().sum(1).log_().add_(largest.squeeze(1))
     return found
 
 

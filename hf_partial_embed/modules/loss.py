@@ -13,7 +13,7 @@ the same code: the compiler cannot unroll a loop whose length depends on the bat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,10 @@ __all__ = [
 # the plain loss's time), and twice as many gain little.
 CHUNK_BYTES = 1 << 26
 CHUNK_POSITIONS = 128
+
+# Where the head's dtype is lower, a CPU's thread casts and computes the softmax and its gradient in float32 blocks of
+# this size, which stay in its cache. A float32 head's are computed in place; blocks gain nothing there.
+BLOCK_BYTES = 1 << 22
 
 
 def chunk_positions(position_bytes: int) -> int:
@@ -205,28 +209,37 @@ def _loss_and_gradients(
         labels = target[span].unsqueeze(1)
         positions = span if everything else kept[span]
         part = x[positions]
-        logits = chunks.logits(part)
-        own = logits.gather(1, labels) if z_loss else None  # before they may be overwritten
-        grad = chunks.log_softmax(logits)
-        picked = grad.gather(1, labels)
+        # Summed over the chunk, so that the loss does not depend on how many positions a block has.
+        picked, normalizers = loss.new_empty(2, len(part), 1)
+        total = loss.new_zeros(())
+        for block in chunks.blocks(part):
+            logits = chunks.logits(block)
+            own = logits.gather(1, labels[block]) if z_loss else None  # before they may be overwritten
+            grad = chunks.log_softmax(logits)
+            picked[block] = grad.gather(1, labels[block])
+            if label_smoothing:
+                total += grad.sum()
+            if own is not None:
+                normalizers[block] = own.to(exact) - picked[block]
+            if not any(needs):
+                continue
+            grad.exp_()
+            if z_loss:
+                grad.mul_(1 + 2 * z_loss * normalizers[block])
+            if label_smoothing:
+                grad.sub_(label_smoothing / size)
+            grad.scatter_add_(1, labels[block], grad.new_full((1, 1), label_smoothing - 1).expand_as(labels[block]))
+            chunks.set_gradient(block, grad)
         loss -= picked.sum() * (1 - label_smoothing)
         if label_smoothing:
-            loss -= grad.sum() * (label_smoothing / size)
-        if own is not None:
-            normalizer = own.to(exact) - picked
-            loss += normalizer.square().sum() * z_loss
+            loss -= total * (label_smoothing / size)
+        if z_loss:
+            loss += normalizers.square().sum() * z_loss
         if not any(needs):
             continue
-        grad.exp_()
-        if z_loss:
-            grad.mul_(1 + 2 * z_loss * normalizer)
-        if label_smoothing:
-            grad.sub_(label_smoothing / size)
-        grad.scatter_add_(1, labels, grad.new_full((1, 1), label_smoothing - 1).expand_as(labels))
-        grad = chunks.of_raw_logits(grad)
-        grad_new = row_columns(grad, head)
+        grad_new = row_columns(chunks.raw, head)
         if grad_x is not None:
-            grad_x[positions] = head_gradient(grad, grad_new, head)
+            grad_x[positions] = head_gradient(chunks.raw, grad_new, head)
         _add_row_gradients(grad_new, part, grad_rows, grad_bias)
     # Without any position the mean is NaN, as in F.cross_entropy.
     scale = 1.0 if reduction == "sum" else (1 / len(target) if len(target) else float("nan"))
@@ -283,9 +296,10 @@ class _ChunkedLogProbs(torch.autograd.Function):
         chunks = Chunks(head, x, transform, len(x))
         picked, total = x.new_empty(len(x), dtype=chunks.exact), x.new_empty(len(x), dtype=chunks.exact)
         for span in chunks.spans:
-            log_probs = chunks.log_softmax(chunks.logits(x[span]))
-            picked[span] = log_probs.gather(1, target[span].unsqueeze(1)).squeeze(1)
-            total[span] = log_probs.sum(1)
+            for block in chunks.blocks(x[span]):
+                log_probs = chunks.log_softmax(chunks.logits(block))
+                picked[span][block] = log_probs.gather(1, target[span][block].unsqueeze(1)).squeeze(1)
+                total[span][block] = log_probs.sum(1)
         ctx.save_for_backward(x, weight, bias, rows, bias_rows, ids, target)
         ctx.base_size, ctx.start, ctx.transform = base_size, start, transform
         return picked, total
@@ -300,35 +314,52 @@ class _ChunkedLogProbs(torch.autograd.Function):
         grad_rows = rows.new_zeros(rows.shape, dtype=chunks.exact) if ctx.needs_input_grad[3] else None
         grad_bias = rows.new_zeros(len(rows), dtype=chunks.exact) if ctx.needs_input_grad[4] else None
         for span in chunks.spans:
-            one, every = grad_picked[span].unsqueeze(1), grad_total[span].unsqueeze(1)
-            grad = chunks.log_softmax(chunks.logits(x[span])).exp_()
-            grad.mul_(-one - every * weight.shape[0]).add_(every)
-            grad.scatter_add_(1, target[span].unsqueeze(1), one)
-            grad = chunks.of_raw_logits(grad)
-            grad_new = row_columns(grad, head)
+            for block in chunks.blocks(x[span]):
+                one, every = grad_picked[span][block].unsqueeze(1), grad_total[span][block].unsqueeze(1)
+                grad = chunks.log_softmax(chunks.logits(block)).exp_()
+                grad.mul_(-one - every * weight.shape[0]).add_(every)
+                grad.scatter_add_(1, target[span][block].unsqueeze(1), one)
+                chunks.set_gradient(block, grad)
+            grad_new = row_columns(chunks.raw, head)
             if grad_x is not None:
-                grad_x[span] = head_gradient(grad, grad_new, head)
+                grad_x[span] = head_gradient(chunks.raw, grad_new, head)
             _add_row_gradients(grad_new, x[span], grad_rows, grad_bias)
         grad_rows, grad_bias = (None if sums is None else sums.to(x.dtype) for sums in (grad_rows, grad_bias))
         return grad_x, None, None, grad_rows, grad_bias, *[None] * 5
 
 
 class Chunks:
-    """Log-probabilities of one chunk of positions at a time, in a buffer that all chunks share."""
+    """Log-probabilities of one block of positions at a time, in buffers that all chunks and blocks share.
+
+    The matmuls take a whole chunk. What comes between them, transform and softmax, takes a block of it at a time.
+
+    Attributes:
+        spans: the slice of positions of each chunk.
+        raw: the head's logits of the present chunk, `(n, V)`, which turn into their gradient block by block.
+    """
 
     def __init__(self, head: HeadOperands, x: Tensor, transform: Transform | None, count: int) -> None:
         self.head, self.transform = head, transform
-        size = head.weight.shape[0]
         self.exact = torch.promote_types(torch.float32, x.dtype)
-        step = min(chunk_positions(size * self.exact.itemsize), max(1, count))
+        size = head.weight.shape[0]
+        position_bytes = size * self.exact.itemsize
+        step = self._block = min(chunk_positions(position_bytes), max(1, count))
+        if x.dtype != self.exact and x.device.type == "cpu":
+            self._block = min(step, max(1, BLOCK_BYTES // position_bytes) * torch.get_num_threads())
         self.spans = [slice(start, min(start + step, count)) for start in range(0, count, step)]
         self._logits = x.new_empty(step, size)
         in_place = transform is None and x.dtype == self.exact  # the backward of a transform may need its logits
-        self._log_probs = self._logits if in_place else x.new_empty(step, size, dtype=self.exact)
+        self._log_probs = self._logits if in_place else x.new_empty(self._block, size, dtype=self.exact)
 
-    def logits(self, part: Tensor) -> Tensor:
-        """The logits after `transform`, `(n, V)`."""
-        self._leaf = head_logits(part, self.head, out=self._logits[: len(part)])
+    def blocks(self, part: Tensor) -> Iterator[slice]:
+        """Computes the logits of a chunk, and gives the slice of each block of it."""
+        self.raw = head_logits(part, self.head, out=self._logits[: len(part)])
+        for start in range(0, len(part), self._block):
+            yield slice(start, min(start + self._block, len(part)))
+
+    def logits(self, block: slice) -> Tensor:
+        """The logits of a block after `transform`."""
+        self._leaf = self.raw[block]
         self._out = self._leaf
         if isinstance(self.transform, Steps):
             self._out, self._kept = self.transform.forward(self._leaf)
@@ -339,21 +370,27 @@ class Chunks:
         return self._out.detach()
 
     def log_softmax(self, logits: Tensor) -> Tensor:
-        """The log-probabilities of logits, which may be overwritten with them."""
-        return torch.log_softmax(logits, 1, dtype=self.exact, out=self._log_probs[: len(logits)])
+        """The log-probabilities of a block's logits, which may be overwritten with them."""
+        out = self._log_probs[: len(logits)]
+        if logits.dtype != self.exact:  # a cast by log_softmax would make another tensor
+            logits = out.copy_(logits)
+        return torch.log_softmax(logits, 1, out=out)
 
-    def of_raw_logits(self, grad: Tensor) -> Tensor:
-        """The gradient of the logits before `transform`, in the head's dtype.
+    def set_gradient(self, block: slice, grad: Tensor) -> None:
+        """Turns a block of `raw` into its gradient.
 
         Args:
-            grad: the gradient of what `logits` returned last.
+            block: the one that `logits` was called with last.
+            grad: the gradient of what it returned.
         """
         if isinstance(self.transform, Steps):
             grad = self.transform.backward(grad.to(self._out.dtype), self._kept)
         elif self.transform is not None:
             (grad,) = torch.autograd.grad(self._out, self._leaf, grad.to(self._out.dtype))
-        # The logits are not needed any more: their buffer is reused.
-        return grad if grad.dtype == self._logits.dtype else self._logits[: len(grad)].copy_(grad)
+        if len(grad) == len(self.raw) and grad.dtype == self.raw.dtype:
+            self.raw = grad
+        else:
+            self.raw[block] = grad
 
 
 def _add_row_gradients(grad_new: Tensor, part: Tensor, grad_rows: Tensor | None, grad_bias: Tensor | None) -> None:

@@ -24,6 +24,7 @@ IDS = {"appended": range(VOCABULARY - 6, VOCABULARY), "scattered": [7, 3, 50, 89
 def many_chunks(monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_BYTES", 1)
     monkeypatch.setattr(loss, "CHUNK_POSITIONS", 8)
+    monkeypatch.setattr(loss, "BLOCK_BYTES", 1)
 
 
 def make_head(where="appended", *, bias=False, dtype=torch.float64, tied=False, size=VOCABULARY):
@@ -254,6 +255,35 @@ def test_bytes_held_at_once_do_not_grow_with_the_number_of_positions_times_the_v
     assert set(extra.values()) == {1}, extra
 
 
+OPTIONS = {
+    "plain": {},
+    "weighted": {"z_loss": 1e-2, "reduction": "sum"},
+    "capped": {"transform": Steps().then("float32").then("div", 3.0).then("tanh"), "z_loss": 1e-2},
+    "function": {"transform": lambda logits: torch.tanh(logits / 3) * 3},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("where", IDS)
+def test_blocks_of_a_chunk_in_bfloat16_change_no_bit(monkeypatch, where, options):
+    head, rows = make_head(where, bias=True, dtype=torch.bfloat16)
+    hidden, target = batch(torch.bfloat16)
+    transform = options.get("transform")
+
+    def results():
+        values = gradients(linear_cross_entropy(hidden, head, target, **options), hidden, rows)
+        picked, total = linear_log_probs(hidden, head, target.clamp(min=0), transform=transform)
+        values += gradients((picked * torch.linspace(0, 1, POSITIONS) + total * 1e-3).sum(), hidden, rows)
+        return [*values, frozen_normalizers(hidden, head, transform=transform)]
+
+    found = []
+    for positions in (1, 3, 8):
+        monkeypatch.setattr(loss, "BLOCK_BYTES", positions * VOCABULARY * 4)
+        found.append(results())
+    for values in zip(*found, strict=True):
+        assert torch.equal(values[0], values[1]) and torch.equal(values[0], values[2])
+
+
 def compiled_loss(head, **options):
     torch._dynamo.reset()
     return torch.compile(
@@ -302,3 +332,19 @@ def test_compiled_its_peak_is_that_of_eager():
     eager = peak(lambda hidden, target: linear_cross_entropy(hidden, head, target))
     assert eager < 128 * size * 4
     assert peak(compiled) <= eager + 1024
+
+
+@pytest.mark.parametrize("transform", [None, Steps().then("float32").then("tanh")], ids=["plain", "capped"])
+def test_peak_in_bfloat16_is_the_logits_of_a_chunk_in_bfloat16(monkeypatch, transform):
+    monkeypatch.setattr(loss, "CHUNK_POSITIONS", 256)
+    size = 4000
+    head, rows = make_head(dtype=torch.bfloat16, size=size)
+    hidden, target = batch(torch.bfloat16, 512, size)
+    peaks = [
+        peak_bytes(lambda way=way: gradients(way(hidden, target), hidden, rows))
+        for way in (
+            lambda hidden, target: linear_cross_entropy(hidden, head, target, transform=transform),
+            compiled_loss(head, transform=transform),
+        )
+    ]
+    assert max(peaks) < 256 * size * 2 * 1.25, peaks
