@@ -104,10 +104,15 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
     if options.picture:
         plot_rows(partial, trainer.state.log_history, path=options.picture)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    leaks = [entry["rows/leak"] for entry in trainer.state.log_history if "rows/leak" in entry]
+    leaks = {
+        where: [100 * float(entry[key]) for entry in trainer.state.log_history if key in entry]
+        for where, key in (("these texts", "rows/leak"), ("texts elsewhere", "rows/leak_elsewhere"))
+    }
     trained = sum(rows.numel() for rows in partial.parameters())
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} by training {trained:,} numbers")
-    print(f"leak of the steps in %: {' '.join(f'{100 * float(leak):.1f}' for leak in leaks)}")
+    for where, values in leaks.items():
+        if values:
+            print(f"leak of the steps in {where}, in %: {' '.join(f'{value:.2g}' for value in values)}")
     print(f"{question} {before}")
     print(f"the merged checkpoint answers {'the same' if before == after else after!r}")
     return {"losses": losses, "answer": before, "same": before == after}

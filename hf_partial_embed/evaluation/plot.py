@@ -16,6 +16,7 @@ __all__ = ["plot_report", "plot_rows"]
 
 _MOST_TOKENS = 24
 _CURVES = {"loss": ("training loss", "tab:blue"), "eval_loss": ("held-out loss", "tab:orange")}
+_LEAKS = {"rows/leak": ("leak (right)", ":"), "rows/leak_elsewhere": ("leak, texts elsewhere (right)", "-.")}
 
 
 def plot_rows(
@@ -87,11 +88,14 @@ def _draw_curves(axes: Any, log_history: Sequence[Mapping[str, Any]]) -> None:
         axes.set_axis_off()
         return
     axes.set_ylabel("loss")
-    leak = [(entry["step"], float(entry["rows/leak"])) for entry in log_history if "rows/leak" in entry]
-    if leak:
+    leaks = {key: [(entry["step"], float(entry[key])) for entry in log_history if key in entry] for key in _LEAKS}
+    if any(leaks.values()):
         right = axes.twinx()
-        drawn += right.plot(*zip(*leak, strict=True), label="leak (right)", color="tab:red", linestyle=":")
-        right.set_ylabel("probability on new tokens elsewhere", fontsize=8)
+        for key, points in leaks.items():
+            if points:
+                label, style = _LEAKS[key]
+                drawn += right.plot(*zip(*points, strict=True), label=label, color="tab:red", linestyle=style)
+        right.set_ylabel("probability on new tokens where none belongs", fontsize=8)
         right.set_ylim(bottom=0)
     axes.legend(drawn, [line.get_label() for line in drawn], loc="upper right")
 

@@ -233,6 +233,8 @@ class PartialEmbeddingCallback(TrainerCallback):
             prefix = "rows" if number == 0 else f"rows_{number + 1}"
             found = diagnostics.values()
             values = {f"{prefix}/{name}": value for name, value in found.items()}
+            if number == 0 and self._elsewhere is not None:
+                values["rows/leak_elsewhere"] = self._elsewhere.leak()
             if self._watch is not None and "leak" in found:
                 self._watch.check_leak(found["leak"])
             logs.update(values)

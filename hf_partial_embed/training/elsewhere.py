@@ -137,6 +137,11 @@ class Elsewhere:
         return F.softplus(self._shape(torch.cat(logits, 1)).logsumexp(1) - self._sums)
 
     @torch.no_grad()
+    def leak(self) -> float:
+        """The mean probability of the new tokens there, with the present rows."""
+        return float(-torch.expm1(-self.loss()).mean())
+
+    @torch.no_grad()
     def before_step(self, *_: object) -> None:
         """Add the gradient; a hook before the optimizer's step, where gradients are clipped and unscaled already."""
         rows = [_rows_of(partial, table).requires_grad_(True) for partial, table in self._tables]

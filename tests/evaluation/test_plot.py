@@ -12,7 +12,10 @@ from hf_partial_embed import PartialEmbeddingError, add_tokens
 from hf_partial_embed.evaluation import nearest_rows, plot_rows
 from hf_partial_embed.optional import need
 
-LOG = [{"step": n, "loss": 5.0 - n / 10, "rows/leak": 0.01 * n} for n in range(1, 9)] + [{"step": 8, "eval_loss": 4.0}]
+LOG = [
+    *({"step": n, "loss": 5.0 - n / 10, "rows/leak": 0.01 * n, "rows/leak_elsewhere": 1e-3} for n in range(1, 9)),
+    {"step": 8, "eval_loss": 4.0},
+]
 
 
 @pytest.fixture
@@ -34,7 +37,7 @@ def test_picture_has_curves_norms_and_neighbours(partial, tmp_path):
     curve, histogram, neighbours, _ = figure.axes
     assert curve.lines[0].get_ydata().tolist() == [entry["loss"] for entry in LOG if "loss" in entry]
     assert {text.get_text() for text in curve.get_legend().get_texts()} == {
-        "training loss", "held-out loss", "leak (right)",
+        "training loss", "held-out loss", "leak (right)", "leak, texts elsewhere (right)",
     }  # fmt: skip
     assert [text.get_text() for text in histogram.get_legend().get_texts()] == [
         "299 old rows",

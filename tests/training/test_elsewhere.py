@@ -109,6 +109,23 @@ def test_step_is_adams_with_own_and_shared_parts_as_parameters(strategy):
         torch.testing.assert_close(parameter.detach()[at], (own + shared).detach(), rtol=1e-4, atol=1e-5)
 
 
+def test_the_log_tells_what_leaks_there(tmp_path):
+    """Of the rows as a step left them; the last log is of those that the training ends with."""
+    model, _, partial = setup()
+    trainer = Trainer(
+        model=model,
+        args=arguments(tmp_path, logging_steps=1),
+        train_dataset=Texts(partial.token_ids),
+        callbacks=[PartialEmbeddingCallback(partial, learning_rate=1e-2, elsewhere=TEXTS)],
+    )
+    trainer.train()
+    logged = [entry["rows/leak_elsewhere"] for entry in trainer.state.log_history if "loss" in entry]
+    sizes = [len(partial.tokenizer(text)["input_ids"]) for text in TEXTS[:2]]
+    expected = sum(size * float(leak_in(partial, text)) for size, text in zip(sizes, TEXTS, strict=False)) / sum(sizes)
+    assert len(logged) == trainer.state.global_step and len(set(logged)) == len(logged)
+    assert logged[-1] == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_resumed_is_as_never_interrupted(tmp_path, dtype):
     whole = trained(tmp_path / "whole", dtype=dtype)
