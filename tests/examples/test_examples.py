@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from hf_partial_embed.cli.data import read_data
+from hf_partial_embed.cli.output import read_tokens
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -24,6 +27,20 @@ def example(monkeypatch, name, *packages):
 def cache(tmp_path):
     """Where the converted SmolLM2 is: `SMOLLM2`, or made anew."""
     return os.environ.get("SMOLLM2", str(tmp_path / "smollm2"))
+
+
+def test_chats_are_those_that_train_reads(monkeypatch, tmp_path, capsys):
+    module = example(monkeypatch, "lookup_chats", "mendeleev")
+    module.main([str(tmp_path / "chats.jsonl"), "--tokens", str(tmp_path / "tools.txt")])
+    data = read_data(str(tmp_path / "chats.jsonl"), split="train", column=None)
+    texts = ["".join(message["content"] for message in messages) for messages in data.values]
+    markers = read_tokens(tmp_path / "tools.txt")
+    assert (
+        data.conversations and markers == list(module.MARKERS) and capsys.readouterr().out == f"{len(texts)} chats\n"
+    )
+    with_markers = [text for text in texts if any(marker in text for marker in markers)]
+    assert all(text.count(marker) == 1 for text in with_markers for marker in markers)
+    assert 0.3 < len(with_markers) / len(texts) < 0.7
 
 
 def test_textual_inversion_example(monkeypatch, tmp_path, capsys):
