@@ -179,8 +179,8 @@ class PartialEmbeddingCallback(TrainerCallback):
         if self._elsewhere is not None:
             if flattened is not None:
                 raise PartialEmbeddingError("elsewhere=... needs whole rows, but DeepSpeed has flattened them.")
-            shared = SharedStep(optimizer, self.partials, steps.top_rate)
             self._elsewhere.start()
+            shared = SharedStep(optimizer, self.partials, steps.top_rate)
             held_down = [
                 optimizer.register_step_pre_hook(self._elsewhere.before_step),
                 optimizer.register_step_post_hook(shared),  # while the rows have their own learning rate

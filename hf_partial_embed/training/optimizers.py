@@ -242,11 +242,11 @@ class SharedStep:
 
     Args:
         optimizer: the one that steps on them.
-        partials: the rows.
+        partials: the rows, not sharded, as for `Elsewhere`.
         top_rate: the rows' own rate at the top of their schedule; at 0 nothing moves.
 
     Raises:
-        `PartialEmbeddingError`: the rows are sharded, or the old ones all zero.
+        `PartialEmbeddingError`: the old rows are all zero.
     """
 
     def __init__(self, optimizer: Any, partials: Sequence[PartialEmbedding], top_rate: float | None) -> None:
@@ -257,8 +257,6 @@ class SharedStep:
         for partial in partials:
             for table in partial.trained_tables().values():
                 parameter = partial.parameter_of(table)
-                if is_dtensor(parameter):
-                    raise PartialEmbeddingError("elsewhere=... needs whole rows, but they are sharded. Leave it out.")
                 masked = partial.strategy == "mask"
                 if parameter.dim() > 1:
                     self.tables.append((parameter, table.dim if masked else 0, partial.token_ids if masked else None))
