@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from ..errors import count, shorten
+from .backend import collector_paused
 from .pieces import Piece
 from .spelling import Spelling
 from .vocabulary import texts_by_id
@@ -19,6 +20,7 @@ __all__ = ["cut_tokens", "warn_of_cuts", "warn_of_missing_spaces"]
 logger = logging.getLogger(__name__)
 
 
+@collector_paused()
 def cut_tokens(tokenizer: Any, tokens: Sequence[AddedToken]) -> dict[str, int]:
     """Added tokens that occur inside of the vocabulary's tokens, and in how many of them.
 
@@ -33,9 +35,9 @@ def cut_tokens(tokenizer: Any, tokens: Sequence[AddedToken]) -> dict[str, int]:
     if not contents:
         return {}
     shortest, first = min(map(len, contents)), {content[0] for content in contents}
-    lengths: dict[str, set[int]] = {}  # of the tokens by how they begin
-    for content in contents:
-        lengths.setdefault(content[:shortest], set()).add(len(content))
+    lengths: dict[str, tuple[int, ...]] = {}  # of the tokens by how they begin
+    for begin, length in {(content[:shortest], len(content)) for content in contents}:
+        lengths[begin] = (*lengths.get(begin, ()), length)
     backend = tokenizer._tokenizer if getattr(tokenizer, "is_fast", False) else None
     spelling = None if backend is None else Spelling(backend)
     inside: set[tuple[int, str]] = set()
