@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import Counter
 
@@ -14,7 +15,7 @@ from states import ALL_TOKENIZERS
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from hf_partial_embed import add_tokens, load_tokens
+from hf_partial_embed import PartialEmbeddingError, add_tokens, load_tokens
 from hf_partial_embed.initializers import pieces as piece_means
 from hf_partial_embed.layout import tables
 from hf_partial_embed.modules.digest import digests_through, row_digests
@@ -57,6 +58,31 @@ def test_each_text_is_read_at_most_once_before_and_once_after(kind, tied, tmp_pa
     load_tokens(build_model("llama", len(tokenizer), tied=tied), tokenizer, tmp_path)
     assert all(counted.texts[token] <= 2 for token in tokens), counted.texts
     assert counted.calls == Counter(plan=kind == "vocabulary", digest=1 if tied else 2)
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_the_collector_waits_for_plans_and_not_for_initialisers(running, tmp_path, monkeypatch):
+    seen: dict[str, bool] = {}
+    plan = BytePairs.plan
+    monkeypatch.setattr(BytePairs, "plan", lambda *a: seen.update(plan=gc.isenabled()) or plan(*a))
+
+    def zeros(request):
+        seen["init"] = gc.isenabled()
+        return torch.zeros(len(request.tokens), *request.table.shape[1:])
+
+    tokenizer, again = bpe_tokenizer(), bpe_tokenizer()
+    model = build_model("llama", len(tokenizer))
+    (gc.enable if running else gc.disable)()
+    try:
+        add_tokens(model, tokenizer, WORDS, entry="vocabulary", init=zeros).save_pretrained(tmp_path)
+        assert seen == {"plan": False, "init": running}
+        with pytest.raises(PartialEmbeddingError):
+            add_tokens(model, tokenizer, WORDS, entry="vocabulary")
+        assert gc.isenabled() == running
+        load_tokens(build_model("llama", len(again)), again, tmp_path)
+        assert gc.isenabled() == running
+    finally:
+        gc.enable()
 
 
 TEXTS = st.lists(st.text(st.sampled_from("abelnps Ä中\n<>|\U0001f9ff"), max_size=12), max_size=6)

@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from ..tokens.added import check_new, check_texts, token_from_dict
+from ..tokens.backend import collector_paused
 from ..tokens.entering import ids_of, plan_again
 from ..tokens.pieces import Piece
 from ..tokens.stored import check_no_spellings, check_same_base, stored_pieces
@@ -38,6 +39,7 @@ class Arriving:
     reach: int
 
 
+@collector_paused()
 def arriving_tokens(tokenizer: Any, stored: Sequence[dict[str, Any]], in_use: set[int]) -> Arriving:
     """Find which of a row file's tokens a tokenizer has, and plan the entry of the others.
 
@@ -52,7 +54,8 @@ def arriving_tokens(tokenizer: Any, stored: Sequence[dict[str, Any]], in_use: se
     if not stored:
         return Arriving([], [], [], [], 0, 0)
     check_same_base(tokenizer, stored)
-    check_texts([token["content"] for token in stored])
+    texts = [token["content"] for token in stored]
+    check_texts(texts)
     tokens = [token_from_dict(token) for token in stored]
     entries = stored_pieces(stored)
     ids = ids_of(tokenizer, tokens, entries)
@@ -69,14 +72,14 @@ def arriving_tokens(tokenizer: Any, stored: Sequence[dict[str, Any]], in_use: se
     planned = {piece.text: piece for piece in (plan_again(tokenizer, missing) if missing else [])}
     kept_entries, pieces = [], []
     for row in kept:
-        piece, own = planned.get(tokens[row].content, entries[row]), ids[row]
+        piece, own = planned.get(texts[row], entries[row]), ids[row]
         kept_entries.append(piece)
         if own is not None:
             pieces.append([own])
         else:
-            pieces.append(read[tokens[row].content] if piece is None else list(piece.made_of))
-    texts = {tokens[row].content for row in kept}
-    parts = [piece for text, piece in planned.items() if text not in texts]
+            pieces.append(read[texts[row]] if piece is None else list(piece.made_of))
+    there = {texts[row] for row in kept}
+    parts = [piece for text, piece in planned.items() if text not in there]
     num_new = len(new) + len(planned)
     owned = [own for row in kept if (own := ids[row]) is not None]
     return Arriving(

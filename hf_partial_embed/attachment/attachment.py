@@ -26,6 +26,7 @@ from ..modules.digest import casts_of, changed_rows
 from ..modules.mask import MaskHandle
 from ..modules.rows import ForwardScope, PartialModule
 from ..modules.sharding import is_sharded, set_whole, trained_rows
+from ..tokens.backend import collector_paused
 from ..tokens.entering import ids_of, plan_again
 from ..tokens.pieces import Piece
 from ..tokens.stored import described_tokens
@@ -203,6 +204,7 @@ class Attachment:
         if between and table.has_rows:
             self._do(WriteRows(table, between, mean_rows(table, len(between))))
 
+    @collector_paused()
     def _give_ids(self, planned: bool) -> list[int]:
         if self.fixed_ids is not None:
             return self.fixed_ids
@@ -210,28 +212,37 @@ class Attachment:
             taken = {self.reuse[token.content]: token for token in self.tokens if token.content in self.reuse}
             self._do(RenameTokens(self.tokenizer, taken))
         found = ids_of(self.tokenizer, self.tokens, self.entries)
-        ids = {token.content: token_id for token, token_id in zip(self.tokens, found, strict=True)}
-        new = [token for token in self.tokens if ids[token.content] is None]
+        texts = [token.content for token in self.tokens]
+        ids = dict(zip(texts, found, strict=True))
         kept = dict[str, int]()
         if any(piece is not None and ids[piece.text] is None for piece in self.entries):
-            entered = self._enter_pieces({token.content for token in new}, planned)
+            entered = self._enter_pieces({text for text in texts if ids[text] is None}, planned)
             ids.update({piece.text: entered.ids[piece.spelling] for piece in entered.pieces})
             kept = entered.pins
-        texts = [token.content for token in self.tokens]
-        new = [token for token in new if ids[token.content] is None]
+            texts = [token.content for token in self.tokens]  # parts may have come
+        new = {text: token for text, token in zip(texts, self.tokens, strict=True) if ids[text] is None}
         if new:
-            step = AddTokens(self.tokenizer, new, kept)
+            step = AddTokens(self.tokenizer, list(new.values()), kept)
             self._do(step)
-            ids.update(zip((token.content for token in new), step.ids, strict=True))
+            ids.update(zip(new, step.ids, strict=True))
         return [token_id for text in texts if (token_id := ids[text]) is not None]
 
     def _enter_pieces(self, new: set[str], are_planned: bool) -> EnterPieces:
-        """Plan the pieces that are new against the present vocabulary, if they are not, and enter them.
+        """Enter the pieces that are new, planned against the present vocabulary now if they are not."""
+        if not are_planned:
+            new = new | self._plan_pieces(new)
+        came = [(token, piece) for token, piece in zip(self.tokens, self.entries, strict=True) if token.content in new]
+        step = EnterPieces(self.tokenizer, [token for token, _ in came], [piece for _, piece in came])
+        self._do(step)
+        return step
+
+    def _plan_pieces(self, new: set[str]) -> set[str]:
+        """Plan the pieces that are new against the present vocabulary; returns the texts of what is to come.
 
         Where another set was detached whose pieces were parts of these, they need parts of their own, which get rows.
         """
         missing = [piece for piece in self.entries if piece is not None and piece.text in new]
-        planned = {piece.text: piece for piece in (missing if are_planned else plan_again(self.tokenizer, missing))}
+        planned = {piece.text: piece for piece in plan_again(self.tokenizer, missing)}
         texts = {token.content for token in self.tokens}
         parts = [piece for piece in planned.values() if piece.text not in texts]
         self.entries = [piece and planned.get(piece.text, piece) for piece in self.entries]
@@ -242,14 +253,7 @@ class Attachment:
             ]
         if parts:
             self._take_in(parts)
-        came = [
-            (token, piece)
-            for token, piece in zip(self.tokens, self.entries, strict=True)
-            if token.content in new or token.content in planned
-        ]
-        step = EnterPieces(self.tokenizer, [token for token, _ in came], [piece for _, piece in came])
-        self._do(step)
-        return step
+        return set(planned)
 
     def _take_in(self, parts: list[Piece]) -> None:
         """Take further parts into the set, with rows that start at the mean of what they are made of."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import PartialEmbeddingError, shorten, visible
 from ..tokens.added import TOKEN_FLAGS
+from ..tokens.backend import collector_paused
 from ..tokens.vocabulary import is_unicode
 
 __all__ = ["FORMAT_VERSION", "ROWS_FILE", "is_rows_file", "read_rows", "write_atomically", "write_rows"]
@@ -81,6 +82,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@collector_paused()
 def read_rows(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a row file.
 
@@ -148,6 +150,7 @@ def _check_metadata(path: Path, header: dict[str, str] | None) -> dict[str, Any]
     valid = (
         isinstance(tokens, list)
         and all(map(_is_token, tokens))
+        and {type(token.get(flag)) for token in tokens for flag in TOKEN_FLAGS} <= {bool}
         and is_unicode("".join(text for token in tokens for text in _texts_of(token)))
         and len({token["content"] for token in tokens}) == len(tokens)
         and isinstance(ids, list)
@@ -166,7 +169,6 @@ def _is_token(token: Any) -> bool:
     return (
         isinstance(token, dict)
         and _is_name(token.get("content"))
-        and {type(token.get(flag)) for flag in TOKEN_FLAGS} == {bool}
         and ("vocabulary" not in token or _is_piece(token["vocabulary"]))
     )
 

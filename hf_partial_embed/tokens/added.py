@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from tokenizers import AddedToken
 
 from ..errors import PartialEmbeddingError, shorten
-from .backend import remove_added_tokens
+from .backend import collector_paused, remove_added_tokens
 from .vocabulary import check_all_unicode, encode_all, known_ids, read_all
 
 __all__ = [
@@ -101,7 +101,10 @@ def token_to_dict(token: AddedToken) -> dict[str, Any]:
 
 def token_from_dict(values: dict[str, Any]) -> AddedToken:
     """The inverse of `token_to_dict`, of a text that `check_texts` accepts."""
-    return AddedToken(values["content"], **{flag: bool(values[flag]) for flag in TOKEN_FLAGS})
+    return AddedToken(
+        values["content"], special=bool(values["special"]), lstrip=bool(values["lstrip"]),
+        rstrip=bool(values["rstrip"]), single_word=bool(values["single_word"]), normalized=bool(values["normalized"]),
+    )  # fmt: skip
 
 
 def _copied(token: AddedToken, special: bool = False) -> AddedToken:
@@ -153,6 +156,7 @@ def tokens_as_known(tokenizer: Any, tokens: Sequence[AddedToken]) -> list[AddedT
     return found
 
 
+@collector_paused()
 def check_new(
     tokenizer: Any, tokens: Sequence[AddedToken], *, known: Mapping[str, int] | None = None
 ) -> dict[str, list[int]]:

@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from ..errors import count, shorten
+from .backend import collector_paused
 from .pieces import Piece
 from .spelling import Spelling
 from .vocabulary import texts_by_id
@@ -19,6 +20,7 @@ __all__ = ["cut_tokens", "warn_of_cuts", "warn_of_missing_spaces"]
 logger = logging.getLogger(__name__)
 
 
+@collector_paused()
 def cut_tokens(tokenizer: Any, tokens: Sequence[AddedToken]) -> dict[str, int]:
     """Added tokens that occur inside of the vocabulary's tokens, and in how many of them.
 
@@ -26,31 +28,32 @@ def cut_tokens(tokenizer: Any, tokens: Sequence[AddedToken]) -> dict[str, int]:
     and rarer pieces. Only texts with a letter or a digit at an end are looked at: no word goes on behind a bracket.
     """
     contents = {
-        token.content
+        text
         for token in tokens
-        if not token.single_word and (token.content[:1].isalnum() or token.content[-1:].isalnum())
+        if ((text := token.content)[:1].isalnum() or text[-1:].isalnum()) and not token.single_word
     }
     if not contents:
         return {}
-    shortest = min(map(len, contents))
-    lengths: dict[str, set[int]] = {}  # of the tokens by how they begin
-    for content in contents:
-        lengths.setdefault(content[:shortest], set()).add(len(content))
+    shortest, first = min(map(len, contents)), {content[0] for content in contents}
+    lengths: dict[str, tuple[int, ...]] = {}  # of the tokens by how they begin
+    for begin, length in {(content[:shortest], len(content)) for content in contents}:
+        lengths[begin] = (*lengths.get(begin, ()), length)
     backend = tokenizer._tokenizer if getattr(tokenizer, "is_fast", False) else None
     spelling = None if backend is None else Spelling(backend)
-    found: Counter[str] = Counter()
-    for text in texts_by_id(tokenizer, 1 << 60).values():
+    inside: set[tuple[int, str]] = set()
+    for token_id, text in texts_by_id(tokenizer, 1 << 60).items():
         is_bytes = spelling is not None and spelling.byte_level and not text.isascii()  # ASCII stands for itself
         whole = (spelling.text_of(text) if spelling and is_bytes else None) or text
-        inside = {
-            part
-            for start in range(len(whole) - shortest + 1)
-            for length in lengths.get(whole[start : start + shortest], ())
-            if length < len(whole) and (part := whole[start : start + length]) in contents
-        }
-        if inside:  # a word with and without its leading space is the same word
-            found.update(part for part in inside if whole.strip() != part.strip())
-    return {token.content: found[token.content] for token in tokens if found[token.content]}
+        for start in range(len(whole) - shortest + 1):
+            if whole[start] not in first:  # inside of most texts, where the tokens begin with a space
+                continue
+            for length in lengths.get(whole[start : start + shortest], ()):
+                part = whole[start : start + length]
+                # A word with and without its leading space is the same word.
+                if length < len(whole) and part in contents and whole.strip() != part.strip():
+                    inside.add((token_id, part))
+    found = Counter(part for _, part in inside)
+    return {token.content: found[token.content] for token in tokens if found[token.content]} if found else {}
 
 
 def warn_of_cuts(tokenizer: Any, tokens: Sequence[AddedToken]) -> None:

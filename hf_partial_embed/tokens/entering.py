@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 
 from ..errors import PartialEmbeddingError, shorten
 from .added import check_new
-from .backend import change_state, changed_copy
+from .backend import change_state, changed_copy, collector_paused
 from .pieces import Piece, Planner
 from .planners import KINDS, planner_of
 from .spelling import CONTEXTS
@@ -61,6 +61,7 @@ class Entering:
         return sum(piece is not None and not piece.asked for piece in self.pieces)
 
 
+@collector_paused()
 def plan_tokens(tokenizer: Any, tokens: Sequence[AddedToken], plain: Sequence[bool], entry: str) -> Entering:
     """Decide how each new token enters, and which parts come along. The tokenizer is only read.
 
@@ -98,6 +99,8 @@ def plan_tokens(tokenizer: Any, tokens: Sequence[AddedToken], plain: Sequence[bo
         first = next(iter(refused.values()))
         more = f" The same holds for, or hinders, {len(refused) - 1} more of the tokens." if len(refused) > 1 else ""
         raise PartialEmbeddingError(f"{first}{more}") from first
+    if not planned:
+        return Entering(list(tokens), [None] * len(tokens))
     asked = {piece.text: piece for piece in planned if piece.asked}
     parts = [piece for piece in planned if not piece.asked]
     both = sorted({token.content for token in tokens} & {part.text for part in parts})

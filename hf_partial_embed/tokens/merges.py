@@ -65,7 +65,7 @@ class BytePairs(Planner):
 
     def _read(self, spelling: str) -> list[tuple[str, int]]:
         tokens = self._tokenized(spelling)
-        if "".join(value for value, _ in tokens) != spelling:
+        if "".join([value for value, _ in tokens]) != spelling:
             raise PartialEmbeddingError(
                 f"{self.spelling.text_of(spelling) or spelling!r} has characters that the tokenizer's BPE does not "
                 f"know: it reads {[value for value, _ in tokens]}. Add it with entry='added'."

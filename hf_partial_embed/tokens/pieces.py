@@ -8,8 +8,7 @@ serialised model; it changes no tokenizer. See `entering` for that.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import PartialEmbeddingError
 from .spelling import Spelling
@@ -19,8 +18,7 @@ __all__ = ["Piece", "Planner", "ScoredPieces", "WholeWords"]
 _SCORE_MARGIN = 1e-3  # what a Unigram piece's score is above those of its pieces, for each of them but the first
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A piece of a vocabulary that is to come.
 
     Attributes:
@@ -114,7 +112,7 @@ class Planner:
                 refused[piece.spelling] = error
                 continue
             parts, ids = tuple(part for part, _ in base), tuple(token_id for _, token_id in base)
-            made.append(replace(piece, parts=parts, made_of=ids, merged=False, rank=len(made)))
+            made.append(piece._replace(parts=parts, made_of=ids, merged=False, rank=len(made)))
         return made, refused
 
 

@@ -46,7 +46,7 @@ class Spelling:
         self._anchor = "".join(self.pre_tokens(_ANCHOR))
         self.byte_level = "".join(self.pre_tokens("中")).endswith("\u00e4\u00b8\u0143")
         self._bytes = _byte_alphabet() if self.byte_level else {}
-        with_space = self._behind_anchor(" x")
+        with_space = self._behind_anchor(self.pre_tokens(_ANCHOR + " x"))
         self.marks_spaces = with_space is not None and with_space != "x"
 
     def pre_tokens(self, text: str) -> list[str]:
@@ -63,7 +63,8 @@ class Spelling:
         Raises:
             `PartialEmbeddingError`: the normaliser changes the text, or a pre-tokenizer cuts it.
         """
-        spelled = self._behind_anchor(text)
+        anchored = self.pre_tokens(_ANCHOR + text)
+        spelled = self._behind_anchor(anchored)
         read = None if spelled is None else self.text_of(spelled)
         if spelled is None or read != text:
             raise PartialEmbeddingError(
@@ -71,7 +72,8 @@ class Spelling:
                 f"{'' if read is None else f' to {read!r}'}, so no piece of its vocabulary stands for it. Give the "
                 "text as the tokenizer reads it, or add it with entry='added'."
             )
-        if not self.is_whole(text, spelled) and not any(
+        # Behind the anchor, which has been looked at, nearly every text ends in a pre-token of its own.
+        if not anchored[-1].endswith(spelled) and not any(
             (parts := self.pre_tokens(context + text)) and parts[-1].endswith(spelled) for context in CONTEXTS
         ):
             raise PartialEmbeddingError(
@@ -96,8 +98,8 @@ class Spelling:
         except (KeyError, UnicodeDecodeError):
             return None
 
-    def _behind_anchor(self, text: str) -> str | None:
-        spelled = "".join(self.pre_tokens(_ANCHOR + text))
+    def _behind_anchor(self, pre_tokens: list[str]) -> str | None:
+        spelled = "".join(pre_tokens)
         return spelled.removeprefix(self._anchor) if spelled.startswith(self._anchor) else None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..errors import PartialEmbeddingError, count, shorten
-from .backend import read_by_backend, settings_kept
+from .backend import collector_paused, read_by_backend, settings_kept
 
 __all__ = [
     "check_all_unicode",
@@ -65,6 +65,7 @@ def encode_all(tokenizer: Any, texts: Sequence[str], *, unknown: bool = False) -
     return [[token_id for token_id in ids if token_id != unk_id] if unk_id in ids else ids for ids in batch]
 
 
+@collector_paused()
 def decode_each(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """The text of each id alone; spaces are as the tokenizer's backend leaves them."""
     if _is_its_backend(tokenizer, "batch_decode", "decode", "_decode"):
