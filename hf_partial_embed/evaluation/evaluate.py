@@ -229,21 +229,20 @@ def _not_scored(model: Any) -> list[str]:
 
 
 def _scorer(before: tuple[Any, Any], after: tuple[Any, Any], vocabularies: Vocabularies) -> Scorer:
+    new, sizes = set(vocabularies.new), (vocabularies.size_before, vocabularies.size_after)
+    old = set(range(min(sizes))) - new - set(vocabularies.without)
     halves = HeadStates(after[0])
     sides = [
         Side(
             halves if model is after[0] else HeadStates(model),
-            Columns(size, without),
+            Columns(set(range(size)) - old - without),
             next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None),
         )
-        for (model, tokenizer), size, without in (
-            (before, vocabularies.size_before, vocabularies.without),
-            (after, vocabularies.size_after, ()),
+        for (model, tokenizer), size, without in zip(
+            (before, after), sizes, (set(vocabularies.without), set()), strict=True
         )
     ]
-    size = min(vocabularies.size_before, vocabularies.size_after)
-    old = Columns(size, [*vocabularies.new, *vocabularies.without])
-    return Scorer(sides[0], sides[1], old, list(vocabularies.new))
+    return Scorer(sides[0], sides[1], Columns(old), new)
 
 
 def _window(model: Any, tokenizer: Any, max_length: int | None, stride: int | None) -> tuple[int, int]:
@@ -306,7 +305,7 @@ def _score(
             own = windows_of(text, "both", scorer.after.prefix, length, stride)
         else:
             own = windows_of(text, "before", scorer.before.prefix, length, stride)
-            own += windows_of(text, "after", scorer.after.prefix, length, stride)
+            own += windows_of(text, "after", scorer.after.prefix, length, stride, text.shared if live else 0)
             own.sort(key=lambda window: window.reading.starts[window.tokens.start])
         if own:
             windows += own
