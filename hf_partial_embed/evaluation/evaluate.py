@@ -55,9 +55,10 @@ def evaluate(
     border at both ends of the token, the first piece of the token's own text stands for all of them, and adoption is
     rather too low.
 
-    Each window runs once through each model (texts without a new token once altogether, where one live model is
-    both sides), and each position once through the head, some hundred positions at a time: logits of all
-    positions exist only in models whose head cannot be run apart, which a note then says. Masked language models,
+    Each window runs once through each model, and each position once through the head, some hundred positions at a
+    time. Where one live model is both sides, the two readings share what they have in common: texts without a new
+    token run once, and the predictions up to the first token that differs are measured once. Logits of all positions
+    exist only in models whose head cannot be run apart, which a note then says. Masked language models,
     encoder-decoders and models without a head have their tokens counted; the notes say what is left out.
 
     Args:

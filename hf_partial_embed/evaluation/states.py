@@ -15,6 +15,9 @@ from ..modules.loss import CHUNK_BYTES, CHUNK_POSITIONS
 
 __all__ = ["HeadStates"]
 
+# Ids of the trial: all weights are read for it, and few ids take little more than one.
+_TRIED = 3
+
 
 class HeadStates:
     """States that a model's head is given, and the model's logits of any such states.
@@ -51,7 +54,7 @@ class HeadStates:
             For each window `(length, d)`: at each position the state of which the next token is predicted.
         """
         if self._probe is None:
-            self._try(windows[0][:8])
+            self._try(windows[0][:_TRIED])
         self.forwards += len(windows)
         longest = max(map(len, windows))
         ids = torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in windows], device=self._device)
