@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pydoc_data.topics
 import re
+import statistics
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial as partial_call
 from typing import Any
 
 import torch
@@ -32,46 +35,77 @@ def words_of(texts: Sequence[str], tokenizer: Any, count: int) -> list[str]:
     return [word for word, ids in zip(words, pieces, strict=True) if len(ids) > 1][:count]
 
 
-def forwards_of(run: Callable[[], object], model: Any) -> tuple[list[dict[str, Any]], list[int]]:
-    """What a call of `evaluate` gives the body, batch by batch, and how many positions go through the head at a time.
+class Forwards:
+    """The forwards of an `evaluate` while this context is entered: what it needs, and how long that took.
 
-    Its trial of whether the two go apart, a few ids without a mask, is left out.
+    Its trial of whether body and head go apart, a few ids without a mask, is left out.
+
+    Attributes:
+        batches: what the body was given, batch by batch.
+        chunks: how many positions went through the head at a time.
+        seconds: of these forwards, as `clock` has them.
     """
-    batches: list[dict[str, Any]] = []
-    chunks: list[int] = []
-    given: dict[str, Any] = {}
 
-    def body(module: Any, args: Any, inputs: dict[str, Any]) -> None:
-        given.update(inputs)
+    def __init__(self, model: Any, clock: Callable[[], float]) -> None:
+        self.model, self.clock = model, clock
+        self.batches: list[dict[str, Any]] = []
+        self.chunks: list[int] = []
+        self.seconds = 0.0
 
-    def layer(module: Any, args: Any, output: Any) -> None:  # only where the body is run, and not replaced
-        if given.get("attention_mask") is not None:
-            batches.append(dict(given))
+    def __enter__(self) -> Forwards:
+        body, head = self.model.base_model, self.model.get_output_embeddings()
+        self._handles = [
+            body.register_forward_pre_hook(self._given, with_kwargs=True),
+            body.layers[0].register_forward_hook(self._run),  # not where a body is replaced
+            body.register_forward_hook(self._body),
+            head.register_forward_pre_hook(self._begin),
+            head.register_forward_hook(self._head),
+        ]
+        return self
 
-    def head(module: Any, args: Any, output: torch.Tensor) -> None:
-        if batches and output.numel():
-            chunks.append(output.numel() // output.shape[-1])
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
 
-    handles = [
-        model.base_model.register_forward_pre_hook(body, with_kwargs=True),
-        model.base_model.layers[0].register_forward_hook(layer),
-        model.get_output_embeddings().register_forward_hook(head),
-    ]
-    run()
-    for handle in handles:
-        handle.remove()
-    return batches, chunks
+    def _begin(self, module: Any, args: Any) -> None:
+        self._started = self.clock()
+
+    def _given(self, module: Any, args: Any, inputs: dict[str, Any]) -> None:
+        self._inputs, self._needed = dict(inputs), False
+        self._begin(module, args)
+
+    def _run(self, module: Any, args: Any, output: Any) -> None:
+        if self._inputs.get("attention_mask") is not None:
+            self.batches.append(self._inputs)
+            self._needed = True
+
+    def _body(self, module: Any, args: Any, output: Any) -> None:
+        if self._needed:
+            self.seconds += self.clock() - self._started
+
+    def _head(self, module: Any, args: Any, output: torch.Tensor) -> None:
+        if self.batches and output.numel():
+            self.chunks.append(output.numel() // output.shape[-1])
+            self.seconds += self.clock() - self._started
 
 
 def evaluating(
     model: Any, tokenizer: Any, device: torch.device, repetitions: int, *, tokens: int = 100, texts: int = 24
 ) -> list[dict[str, Any]]:
     """`evaluate` against the bare forwards that it needs: the same batches through the body, the same number of
-    positions through the head in the same chunks, all logits thrown away.
+    positions through the head in the same chunks, all logits thrown away. They take turns; and since a machine with
+    other work on it gives other times to each turn, `evaluate` is also told against the same forwards inside of it.
 
     The tokens are pieces of the vocabulary. To read as the tokenizer did without them, it is loaded anew once, which
     takes the same time for any number of texts; that share is told beside the whole.
     """
+
+    def clock() -> float:
+        if device.type != "cuda":
+            return time.process_time()
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
     prose = paragraphs()
     partial = add_tokens(model.requires_grad_(False).eval(), tokenizer, words_of(prose, tokenizer, tokens))
     new = set(partial.token_ids)
@@ -83,35 +117,41 @@ def evaluating(
         (f"{len(with_new)} with new tokens", with_new),
         (f"the same and {len(without)} without", with_new + without),
     ):
+        inside: list[float] = []
 
-        def evaluate(own: list[str] = own) -> object:
-            return partial.evaluate(own, progress=False)
+        def evaluate(own: list[str] = own, inside: list[float] = inside) -> Forwards:
+            with Forwards(model, clock) as forwards:
+                start = clock()
+                partial.evaluate(own, progress=False)
+                inside.append((clock() - start) / forwards.seconds)
+            return forwards
 
         def reading(own: list[str] = own) -> None:
             for reader in (TextReader(tokenizer, partial.token_ids), TextReader(tokenizer)):
                 reader.read(own)
 
-        batches, chunks = forwards_of(evaluate, model)
+        needed = evaluate()
         width = model.get_input_embeddings().embedding_dim
-        states = torch.randn(max(chunks), width, device=device, dtype=model.dtype)
+        states = torch.randn(max(needed.chunks), width, device=device, dtype=model.dtype)
 
         @torch.no_grad()
-        def bare(batches: Any = batches, chunks: Any = chunks, states: torch.Tensor = states) -> None:
-            for inputs in batches:
+        def bare(needed: Forwards = needed, states: torch.Tensor = states) -> None:
+            for inputs in needed.batches:
                 model.base_model(**inputs)
-            for count in chunks:
+            for count in needed.chunks:
                 model.get_output_embeddings()(states[None, :count])
 
         times = time_ratios({BARE: bare, "evaluate": evaluate, "reading": reading}, repetitions, device, BARE)
         table.append({
             "texts": name,
-            "positions, body": sum(inputs["input_ids"].numel() for inputs in batches),
-            "positions, head": sum(chunks),
+            "positions, body": sum(inputs["input_ids"].numel() for inputs in needed.batches),
+            "positions, head": sum(needed.chunks),
             "body and head, seconds": times[BARE]["seconds"],
             "evaluate": times["evaluate"]["ratio"],
+            "evaluate, to those inside": statistics.median(inside[-repetitions:]),
             "of it reading": times["reading"]["ratio"],
             "body and head, peak MB": peak_bytes(bare, device) / 1e6,
-            "evaluate, peak MB": peak_bytes(evaluate, device) / 1e6,
+            "evaluate, peak MB": peak_bytes(partial_call(partial.evaluate, own, progress=False), device) / 1e6,
         })  # fmt: skip
     partial.detach()
     return table

@@ -110,7 +110,7 @@ class HeadStates:
                     states = self._head_input(probe, None)
                 found = self.logits(states[0])
                 break
-            except (PartialEmbeddingError, RuntimeError, TypeError, IndexError, AttributeError):
+            except (ValueError, RuntimeError, TypeError, IndexError, AttributeError, AssertionError):
                 self.in_chunks = False  # a forward of another shape, which is run whole
         else:
             return

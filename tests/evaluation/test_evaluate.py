@@ -627,6 +627,17 @@ class TestHalves:
         assert report.bits_per_byte.after == pytest.approx(expected.bits_per_byte.after, rel=1e-5)
         assert any("whole batch" in note for note in report.notes)
 
+    def test_a_head_that_takes_no_empty_input_is_run_apart_too(self):
+        model, _, partial = setup()
+        expected = run(partial).to_dict()
+
+        def refuse(module, args):
+            if not args[0].numel():
+                raise RuntimeError("nothing to multiply")
+
+        model.lm_head.register_forward_hook(lambda module, args, output: refuse(module, args))
+        assert run(partial).to_dict() == expected
+
     def test_what_is_done_to_logits_behind_the_head_is_done(self):
         model, _, partial = setup("gemma")
         plain = run(partial).bits_per_byte.after
