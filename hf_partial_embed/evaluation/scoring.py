@@ -20,7 +20,7 @@ __all__ = ["Columns", "Scorer", "Side", "batches"]
 _IDS_PER_WINDOW = 512
 _SORTED_BATCHES = 8
 # Of what is made of logits at a time, for each thread.
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 19
 
 
 class Columns:
@@ -254,11 +254,10 @@ def _with_more(side: Side, logits: Tensor, totals: Tensor) -> Tensor:
 def _divergence(before: Tensor, total: Tensor, after: Tensor, total_after: Tensor) -> Tensor:
     """`KL(softmax(before) || softmax(after))`, `(n,)`; `total` is `before.logsumexp(1)`, `total_after` likewise."""
     probability = (before - total[:, None]).exp_()
-    difference = before - after
-    value = (probability * difference).sum(1) - (total - total_after)
+    value = (before - after).mul_(probability).sum(1)
     if not value.isfinite().all():  # an output that cannot be (its logit is -inf) adds nothing
-        value = (probability * difference.masked_fill_(probability == 0, 0.0)).sum(1) - (total - total_after)
-    return value
+        value = (before - after).masked_fill_(probability == 0, 0.0).mul_(probability).sum(1)
+    return value - (total - total_after)
 
 
 def _targets(logits: Tensor, places: Sequence[tuple[AlignedText, int]], side: str) -> Tensor:
