@@ -20,6 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # _assets, which all examples share
 
 import adding
+import evaluating
 import sections
 from _assets import load_smollm2, needed_for_smollm2, require
 from measure import machine
@@ -28,8 +29,9 @@ from tqdm import tqdm
 
 SECTIONS = [
     "training", "parts", "rows", "vocabulary", "loss", "prefix", "batches", "adding", "many",
-    "saving", "generating", "compiled",
+    "saving", "generating", "compiled", "evaluating",
 ]  # fmt: skip
+SMOLLM2 = ["prefix", "evaluating"]  # on a real model
 LARGE = "large"  # tables of models with billions of parameters, for a GPU; not among the default ones
 
 
@@ -144,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--smollm2", type=Path, default=Path("outputs/smollm2"), help="as in examples/quickstart.py")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark"), help="folder for JSON and picture")
     args = parser.parse_args(argv)
-    needed = ["peft", "matplotlib", *(needed_for_smollm2(args.smollm2) if "prefix" in args.sections else [])]
+    needed = ["peft", "matplotlib", *(needed_for_smollm2(args.smollm2) if {*SMOLLM2} & {*args.sections} else [])]
     require(needed)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -156,12 +158,17 @@ def main(argv: list[str] | None = None) -> None:
     results: list[dict[str, Any]] = json.loads(path.read_text())["results"] if path.is_file() else []
     for section in tqdm(args.sections, desc="sections"):
         results = [result for result in results if result["section"] != section]
-        jobs = [None] if section == "prefix" else shapes(section, device.type == "cuda", args.tokens, args.shrink)
+        jobs = [None] if section in SMOLLM2 else shapes(section, device.type == "cuda", args.tokens, args.shrink)
         for shape in jobs:
             if shape is None:
                 model, tokenizer = load_smollm2(args.smollm2)
-                title = f"SmolLM2-135M, {args.prefix_positions} positions, first new token in the middle"
-                rows = sections.prefix(model.to(device), tokenizer, args.prefix_positions, device, args.repetitions)
+                model.to(device)
+                if section == "prefix":
+                    title = f"SmolLM2-135M, {args.prefix_positions} positions, first new token in the middle"
+                    rows = sections.prefix(model, tokenizer, args.prefix_positions, device, args.repetitions)
+                else:
+                    title = f"SmolLM2-135M, {args.tokens} words of several pieces, prose of Python's manual"
+                    rows = evaluating.evaluating(model, tokenizer, device, args.repetitions, tokens=args.tokens)
             else:
                 title, rows = str(shape), MEASURES[section](shape, device, args.repetitions)
             print_table(f"{section}: {title}", rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, takewhile
 
 from ..tokens.reading import Reading
 
@@ -27,6 +27,7 @@ class AlignedText:
     Attributes:
         new: indices of the new tokens in `after`.
         same: whether both readings have the same ids, none of them new.
+        shared: how many tokens at the beginning are predicted from the same ids in both readings.
         partners: for each token of `after` that is at a place behind the first new token, the token of `before`
             that is there.
         firsts: for each new token's index, the id of the first of its old pieces, `None` where there are none.
@@ -55,6 +56,7 @@ class AlignedText:
                 for start, index in _first_at(after).items()
                 if start >= behind and start in at and index > self.new[0]
             }
+        self.shared = _shared(before.ids, after.ids, self.partners)
         self.firsts: dict[int, int | None] = {}
         self.rests: dict[int, range] = {}
         borders = {*at, len(text)}
@@ -141,6 +143,12 @@ class AlignedText:
         return False
 
 
+def _shared(before: Sequence[int], after: Sequence[int], partners: Mapping[int, int]) -> int:
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False))
+    least = min(len(before), len(after), sum(1 for _ in same) + 1)
+    return min(least, *partners, *partners.values()) if partners else least
+
+
 def _first_at(reading: Reading) -> dict[int, int]:
     """The token that starts at each character, the first one where several do."""
     first: dict[int, int] = {}
@@ -169,7 +177,9 @@ class Window:
         return self.aligned.readings["after" if self.side == "both" else self.side]
 
 
-def windows_of(aligned: AlignedText, side: str, prefix: int | None, length: int, stride: int) -> list[Window]:
+def windows_of(
+    aligned: AlignedText, side: str, prefix: int | None, length: int, stride: int, shared: int = 0
+) -> list[Window]:
     """The windows of one reading: every token is scored once, after the prefix if there is one.
 
     Each window but the first begins `stride` tokens before the first token that it scores.
@@ -179,6 +189,8 @@ def windows_of(aligned: AlignedText, side: str, prefix: int | None, length: int,
         prefix: id that the context begins with; without one the first token is not scored.
         length: the most ids in a window.
         stride: from 1 to `length - 1`.
+        shared: tokens at the beginning that are scored in the other reading's windows, which are the same up to
+            there; windows that have no others are left out.
     """
     ids = aligned.readings["after" if side == "both" else side].ids
     before = [] if prefix is None else [prefix]
@@ -189,7 +201,8 @@ def windows_of(aligned: AlignedText, side: str, prefix: int | None, length: int,
     while first < len(sequence):
         stop = min(start + length, len(sequence))
         tokens = range(first - len(before), stop - len(before))
-        found.append(Window(aligned, side, sequence[start:stop], tokens, start + 1 - len(before)))
+        if tokens.stop > shared:
+            found.append(Window(aligned, side, sequence[start:stop], tokens, start + 1 - len(before)))
         start, first = stop - stride, stop
     aligned.windows_left += len(found)
     return found

@@ -55,9 +55,10 @@ def evaluate(
     border at both ends of the token, the first piece of the token's own text stands for all of them, and adoption is
     rather too low.
 
-    Each window runs once through each model (texts without a new token once altogether, where one live model is
-    both sides), and each position once through the head, some hundred positions at a time: logits of all
-    positions exist only in models whose head cannot be run apart, which a note then says. Masked language models,
+    Each window runs once through each model, and each position once through the head, some hundred positions at a
+    time. Where one live model is both sides, the two readings share what they have in common: texts without a new
+    token run once, and the predictions up to the first token that differs are measured once. Logits of all positions
+    exist only in models whose head cannot be run apart, which a note then says. Masked language models,
     encoder-decoders and models without a head have their tokens counted; the notes say what is left out.
 
     Args:
@@ -229,21 +230,20 @@ def _not_scored(model: Any) -> list[str]:
 
 
 def _scorer(before: tuple[Any, Any], after: tuple[Any, Any], vocabularies: Vocabularies) -> Scorer:
+    new, sizes = set(vocabularies.new), (vocabularies.size_before, vocabularies.size_after)
+    old = set(range(min(sizes))) - new - set(vocabularies.without)
     halves = HeadStates(after[0])
     sides = [
         Side(
             halves if model is after[0] else HeadStates(model),
-            Columns(size, without),
+            Columns(set(range(size)) - old - without),
             next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None),
         )
-        for (model, tokenizer), size, without in (
-            (before, vocabularies.size_before, vocabularies.without),
-            (after, vocabularies.size_after, ()),
+        for (model, tokenizer), size, without in zip(
+            (before, after), sizes, (set(vocabularies.without), set()), strict=True
         )
     ]
-    size = min(vocabularies.size_before, vocabularies.size_after)
-    old = Columns(size, [*vocabularies.new, *vocabularies.without])
-    return Scorer(sides[0], sides[1], old, list(vocabularies.new))
+    return Scorer(sides[0], sides[1], Columns(old), new)
 
 
 def _window(model: Any, tokenizer: Any, max_length: int | None, stride: int | None) -> tuple[int, int]:
@@ -306,7 +306,7 @@ def _score(
             own = windows_of(text, "both", scorer.after.prefix, length, stride)
         else:
             own = windows_of(text, "before", scorer.before.prefix, length, stride)
-            own += windows_of(text, "after", scorer.after.prefix, length, stride)
+            own += windows_of(text, "after", scorer.after.prefix, length, stride, text.shared if live else 0)
             own.sort(key=lambda window: window.reading.starts[window.tokens.start])
         if own:
             windows += own

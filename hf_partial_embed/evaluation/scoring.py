@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,42 +19,61 @@ __all__ = ["Columns", "Scorer", "Side", "batches"]
 # A batch holds at most so many ids for each window that it may have, padding counted; one long window may be more.
 _IDS_PER_WINDOW = 512
 _SORTED_BATCHES = 8
+# Of what is made of logits at a time, for each thread.
+_BLOCK_BYTES = 1 << 19
 
 
 class Columns:
     """Some outputs of a head.
 
     Args:
-        size: number of all outputs.
-        without: ids that are left out.
+        ids: their ids, in any order.
     """
 
-    def __init__(self, size: int, without: Sequence[int] = ()) -> None:
-        kept = sorted(set(range(size)) - set(without))
+    def __init__(self, ids: Iterable[int]) -> None:
+        kept = sorted(ids)
         self.count = len(kept)
-        self.ids = None if kept == list(range(len(kept))) else torch.tensor(kept)
+        first = kept[0] if kept else 0
+        self._slice = slice(first, first + len(kept)) if kept == list(range(first, first + len(kept))) else None
+        self.ids = torch.tensor(kept, dtype=torch.int64)
 
     def of(self, logits: Tensor) -> Tensor:
-        """`(n, count)`; a copy, so that sums over it are those over a head that has only these, bit for bit."""
-        if self.ids is None:
-            return logits if self.count == logits.shape[1] else logits[:, : self.count].contiguous()
+        """`(n, count)`; not to be changed."""
+        if self._slice is not None:
+            return logits[:, self._slice]
         self.ids = self.ids.to(logits.device)
         return logits.index_select(1, self.ids)
 
 
 @dataclass
 class Side:
-    """One of the two models that are compared: its halves, its outputs, the id that a context begins with."""
+    """One of the two models that are compared.
+
+    Attributes:
+        model: its halves.
+        more: its outputs beside those that both have.
+        prefix: the id that a context begins with.
+    """
 
     model: HeadStates
-    outputs: Columns
+    more: Columns
     prefix: int | None
+
+
+class _Place(NamedTuple):
+    """Where one token of a text is predicted, or one of each reading, with the state or the two states there."""
+
+    text: AlignedText
+    before: int | None
+    after: int | None
+    states: tuple[Tensor, ...]
 
 
 class Scorer:
     """Measures windows, and writes what it finds to their texts.
 
-    Each state goes through the head once. States of one place in both readings wait for each other, for the
+    Each state goes through the head once. Where one model is both, the two readings share the states up to the first
+    token that differs. Behind a new token, states of one place in both readings wait for each other, for the
     divergence between them; since a text's windows come in the order of its characters, few of them wait.
 
     Args:
@@ -63,23 +82,26 @@ class Scorer:
         new_ids: ids of the new tokens.
     """
 
-    def __init__(self, before: Side, after: Side, old: Columns, new_ids: Sequence[int]) -> None:
+    def __init__(self, before: Side, after: Side, old: Columns, new_ids: Iterable[int]) -> None:
         self.before, self.after, self.old = before, after, old
-        self.new = torch.tensor(sorted(new_ids), dtype=torch.int64)
+        self.new = Columns(new_ids)
+        self._one = before.model is after.model
         self._waiting: dict[tuple[int, int], Tensor] = {}
-        self._single: dict[str, list[tuple[AlignedText, int, Tensor]]] = {"before": [], "after": [], "both": []}
-        self._pairs: list[tuple[AlignedText, int, int, Tensor, Tensor]] = []
+        self._ready: list[_Place] = []
 
     @property
     def is_full(self) -> bool:
         """Whether there are as many states as go through the head at once."""
-        ready = 2 * len(self._pairs) + sum(map(len, self._single.values()))
-        return ready >= min(self.before.model.positions_at_once, self.after.model.positions_at_once)
+        return sum(len(place.states) for place in self._ready) >= self._at_once
+
+    @property
+    def _at_once(self) -> int:
+        return min(self.before.model.positions_at_once, self.after.model.positions_at_once)
 
     @torch.no_grad()
     def run(self, windows: Sequence[Window]) -> None:
         """Run the models over windows, up to their heads."""
-        if self.before.model is self.after.model:
+        if self._one:
             groups = [(self.after, list(windows))]
         else:
             groups = [
@@ -93,84 +115,106 @@ class Scorer:
                     self._sort(window, hidden)
 
     def _sort(self, window: Window, hidden: Tensor) -> None:
-        """Note the states of a window as single ones or as halves of pairs."""
-        text, side = window.aligned, window.side
-        partners = text.partners if side == "after" else text.partners_before if side == "before" else {}
+        """Note the states of a window: those that are all that there is at their place, and halves of pairs."""
+        text, is_after = window.aligned, window.side == "after"
+        partners = text.partners if is_after else text.partners_before
+        shared = text.shared if self._one else 0
         for token in window.tokens:
             state = hidden[token - window.shift]
-            partner = partners.get(token)
-            if partner is None:
-                self._single[side].append((text, token, state))
+            if token < shared:
+                if not is_after:
+                    self._ready.append(_Place(text, token, token, (state,)))
                 continue
-            key = (text.number, token if side == "after" else partner)
+            partner = partners.get(token)
+            before, after = (partner, token) if is_after else (token, partner)
+            if partner is None:
+                self._ready.append(_Place(text, before, after, (state,)))
+                continue
+            key = (text.number, token if is_after else partner)
             other = self._waiting.pop(key, None)
             if other is None:
                 self._waiting[key] = state
-            elif side == "after":
-                self._pairs.append((text, partner, token, other, state))
             else:
-                self._pairs.append((text, token, partner, state, other))
+                self._ready.append(_Place(text, before, after, (other, state) if is_after else (state, other)))
 
     @torch.no_grad()
     def score(self) -> None:
         """Put all states through the head that do not wait for their other half."""
-        for name, items in self._single.items():
-            self._score_single(name, items)
-            items.clear()
-        self._score_pairs(self._pairs)
-        self._pairs.clear()
+        for part in _parts(self._ready, self._at_once):
+            self._score(part)
+        self._ready.clear()
 
-    def _score_single(self, name: str, items: Sequence[tuple[AlignedText, int, Tensor]]) -> None:
-        model = self.before.model if name == "before" else self.after.model
-        for part in _chunks(items, model.positions_at_once):
-            logits = model.logits(torch.stack([state for _, _, state in part]))
-            places = [(text, token) for text, token, _ in part]
-            if name != "after":
-                self._write_before(logits, places)
-            if name != "before":
-                self._write_after(logits, places)
+    def _score(self, part: Sequence[_Place]) -> None:
+        """Score places whose logits fit into memory."""
+        pairs = [place for place in part if len(place.states) == 2]
+        both = [place for place in part if len(place.states) == 1 and None not in (place.before, place.after)]
+        befores = [*(place for place in part if place.after is None), *pairs, *both]
+        afters = [*both, *pairs, *(place for place in part if place.before is None)]
+        first = [place.states[0] for place in befores]
+        second = [place.states[-1] for place in afters[len(both) :]]
+        apart = len(befores) - len(both)
+        if self._one:  # what both have is in the middle: the last rows of before are the first ones of after
+            logits = self.after.model.logits(torch.stack([*first, *second]))
+            totals = self._totals(logits)
+            before, after = (logits[: len(befores)], totals[: len(befores)]), (logits[apart:], totals[apart:])
+        else:
+            before, after = self._logits(self.before, first), self._logits(self.after, second)
+        self._write_before(*before, [(place.text, place.before) for place in befores if place.before is not None])
+        self._write_after(*after, [(place.text, place.after) for place in afters if place.after is not None])
+        if pairs:
+            ours, theirs = slice(apart - len(pairs), apart), slice(len(both), len(both) + len(pairs))
+            values = [value[rows] for rows, side in ((ours, before), (theirs, after)) for value in side]
+            for place, value in zip(pairs, self._divergences(*values), strict=True):
+                assert place.after is not None
+                place.text.kl[place.after] = max(value, 0.0)
 
-    def _score_pairs(self, pairs: Sequence[tuple[AlignedText, int, int, Tensor, Tensor]]) -> None:
-        one = self.before.model is self.after.model
-        at_once = max(1, self.after.model.positions_at_once // 2)
-        for part in _chunks(pairs, at_once):
-            befores, afters = torch.stack([pair[3] for pair in part]), torch.stack([pair[4] for pair in part])
-            if one:
-                logits_before, logits_after = self.after.model.logits(torch.cat([befores, afters])).chunk(2)
-            else:
-                logits_before, logits_after = self.before.model.logits(befores), self.after.model.logits(afters)
-            total = self._write_before(logits_before, [(text, token) for text, token, _, _, _ in part])
-            self._write_after(logits_after, [(text, token) for text, _, token, _, _ in part])
-            old = self.old.of(logits_before)
-            if self.old.count != self.before.outputs.count:  # the base model has outputs that are new tokens' now
-                total = old.logsumexp(1)
-            divergences = _divergence(old, total, self.old.of(logits_after).to(old.device))
-            for (text, _, token, _, _), value in zip(part, divergences.tolist(), strict=True):
-                text.kl[token] = max(value, 0.0)
+    def _logits(self, side: Side, states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        if not states:
+            return torch.empty(0, self.old.count), torch.empty(0)
+        logits = side.model.logits(torch.stack(list(states)))
+        return logits, self._totals(logits)
 
-    def _write_before(self, logits: Tensor, places: Sequence[tuple[AlignedText, int]]) -> Tensor:
-        """Write the surprise; returns the logarithms of the softmax's denominators."""
+    def _totals(self, logits: Tensor) -> Tensor:
+        """`logsumexp` over the outputs that both have, `(n,)`."""
+        return _in_blocks(lambda block: _logsumexp(self.old.of(block)), logits)
+
+    def _divergences(self, before: Tensor, total: Tensor, after: Tensor, total_after: Tensor) -> list[float]:
+        def divergence(before: Tensor, total: Tensor, after: Tensor, total_after: Tensor) -> Tensor:
+            return _divergence(self.old.of(before), total, self.old.of(after), total_after)
+
+        device = before.device
+        found: list[float] = _in_blocks(divergence, before, total, after.to(device), total_after.to(device)).tolist()
+        return found
+
+    def _write_before(self, logits: Tensor, totals: Tensor, places: Sequence[tuple[AlignedText, int]]) -> None:
+        """Write the surprise."""
+        if not places:
+            return
         ids = _targets(logits, places, "before")
-        total = self.before.outputs.of(logits).logsumexp(1)
-        _write_nats(total - logits.gather(1, ids[:, None])[:, 0], places, "before")
-        return total
+        every = _with_more(self.before, logits, totals)
+        _write_nats(every - logits.gather(1, ids[:, None])[:, 0], places, "before")
 
-    def _write_after(self, logits: Tensor, places: Sequence[tuple[AlignedText, int]]) -> None:
+    def _write_after(self, logits: Tensor, totals: Tensor, places: Sequence[tuple[AlignedText, int]]) -> None:
+        if not places:
+            return
         ids = _targets(logits, places, "after")
-        every = self.after.outputs.of(logits).logsumexp(1)
+        every = _with_more(self.after, logits, totals)
         own = logits.gather(1, ids[:, None])
         _write_nats(every - own[:, 0], places, "after")
-        if not len(self.new):
+        if not self.new.count:
             return
-        self.new = self.new.to(logits.device)
-        mine = logits.index_select(1, self.new)
-        leak = (mine - every[:, None]).exp_().masked_fill_(ids[:, None] == self.new, 0.0).sum(1)
-        for (text, token), value in zip(places, leak.tolist(), strict=True):
+
+        def leak(logits: Tensor, every: Tensor, ids: Tensor) -> Tensor:
+            mine = (self.new.of(logits) - every[:, None]).exp_()
+            return mine.masked_fill_(ids[:, None] == self.new.ids.to(ids.device), 0.0).sum(1)
+
+        for (text, token), value in zip(places, _in_blocks(leak, logits, every, ids).tolist(), strict=True):
             text.leak[token] = value
         rows = [row for row, (text, token) in enumerate(places) if token in text.firsts]
         if rows:
             picked = logits[rows]
-            ranks = (self.after.outputs.of(picked) > own[rows]).sum(1) + 1
+            better = [(columns.of(picked) > own[rows]).sum(1) for columns in (self.old, self.after.more)]
+            ranks = 1 + better[0] + better[1]
             firsts = [places[row][0].firsts[places[row][1]] for row in rows]
             first = torch.tensor([token_id or 0 for token_id in firsts], device=logits.device)
             nats = every[rows] - picked.gather(1, first[:, None])[:, 0]
@@ -181,13 +225,39 @@ class Scorer:
                     text.first_nats[token] = value
 
 
-def _divergence(before: Tensor, total: Tensor, after: Tensor) -> Tensor:
-    """`KL(softmax(before) || softmax(after))`, `(n,)`, with `total = before.logsumexp(1)`."""
-    shift = total - after.logsumexp(1)
+def _in_blocks(function: Callable[..., Tensor], logits: Tensor, *more: Tensor) -> Tensor:
+    """`function` of all rows, so many at a time that what it makes of them stays in the cache of a CPU.
+
+    No block has one row only, whose sum threads would share, with other last bits than those of rows among others.
+    """
+    count = 1
+    if logits.device.type == "cpu":
+        at_once = max(3, torch.get_num_threads() * _BLOCK_BYTES // (4 * logits.shape[1]))
+        count = -(-len(logits) // at_once)
+    blocks = [tensor.tensor_split(count) for tensor in (logits, *more)]
+    return torch.cat([function(*block) for block in zip(*blocks, strict=True)])
+
+
+def _logsumexp(logits: Tensor) -> Tensor:
+    """`logits.logsumexp(1)`, bit for bit; the one of PyTorch takes a copy of a slice first."""
+    top = logits.amax(1, keepdim=True)
+    return (logits - top).exp_().sum(1).log_().add_(top[:, 0])
+
+
+def _with_more(side: Side, logits: Tensor, totals: Tensor) -> Tensor:
+    """The logarithms of the softmax's denominators, `(n,)`: `totals` has those of the outputs that both have."""
+    if not side.more.count:
+        return totals
+    return totals.logaddexp(_in_blocks(lambda block: side.more.of(block).logsumexp(1), logits))
+
+
+def _divergence(before: Tensor, total: Tensor, after: Tensor, total_after: Tensor) -> Tensor:
+    """`KL(softmax(before) || softmax(after))`, `(n,)`; `total` is `before.logsumexp(1)`, `total_after` likewise."""
     probability = (before - total[:, None]).exp_()
-    # An output that cannot be (its logit is -inf) adds nothing.
-    difference = (before - after).masked_fill_(probability == 0, 0.0)
-    return (probability * difference).sum(1) - shift
+    value = (before - after).mul_(probability).sum(1)
+    if not value.isfinite().all():  # an output that cannot be (its logit is -inf) adds nothing
+        value = (before - after).masked_fill_(probability == 0, 0.0).mul_(probability).sum(1)
+    return value - (total - total_after)
 
 
 def _targets(logits: Tensor, places: Sequence[tuple[AlignedText, int]], side: str) -> Tensor:
@@ -210,6 +280,22 @@ def _write_nats(nats: Tensor, places: Sequence[tuple[AlignedText, int]], side: s
                 "infinite values in the rows (partial.token_rows()) and in the weights, or load the model in float32."
             )
         text.nats[side][token] = value
+
+
+def _parts(places: Sequence[_Place], size: int) -> Iterator[list[_Place]]:
+    """Parts with at most so many states, about the same number in each, and a place at least."""
+    total = sum(len(place.states) for place in places)
+    most = min(size, 1 + -(-total // max(1, -(-total // size))))
+    part: list[_Place] = []
+    count = 0
+    for place in places:
+        if part and count + len(place.states) > most:
+            yield part
+            part, count = [], 0
+        part.append(place)
+        count += len(place.states)
+    if part:
+        yield part
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

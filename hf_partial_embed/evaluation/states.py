@@ -15,6 +15,9 @@ from ..modules.loss import CHUNK_BYTES, CHUNK_POSITIONS
 
 __all__ = ["HeadStates"]
 
+# Ids of the trial: all weights are read for it, and few ids take little more than one.
+_TRIED = 3
+
 
 class HeadStates:
     """States that a model's head is given, and the model's logits of any such states.
@@ -41,6 +44,7 @@ class HeadStates:
         self._options = {"use_cache": False} if open_ended or "use_cache" in parameters else {}
         self._takes_mask = open_ended or "attention_mask" in parameters
         self._probe: Tensor | None = None
+        self._least = 0  # positions that a head has to be given, whose whole table is read for the first one
         self._body_output: Any = None
 
     def states(self, windows: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -50,7 +54,7 @@ class HeadStates:
             For each window `(length, d)`: at each position the state of which the next token is predicted.
         """
         if self._probe is None:
-            self._try(windows[0][:8])
+            self._try(windows[0][:_TRIED])
         self.forwards += len(windows)
         longest = max(map(len, windows))
         ids = torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in windows], device=self._device)
@@ -79,7 +83,7 @@ class HeadStates:
         return logits
 
     def _head_input(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        with _head_given(self._head, None) as seen:
+        with _head_given(self._head, None, self._least) as seen:
             self._run(ids, mask)
         if len(seen) != 1:
             raise PartialEmbeddingError(f"{type(self.model).__name__} calls its head {len(seen)} times in a forward.")
@@ -99,11 +103,16 @@ class HeadStates:
         if len(outputs) != 1:
             return
         self._body_output = outputs[0]
-        try:
-            self.in_chunks = True
-            found = self.logits(self._head_input(probe, None)[0])
-        except (PartialEmbeddingError, RuntimeError, TypeError, IndexError, AttributeError):
-            self.in_chunks = False  # a forward of another shape, which is run whole
+        for self._least in (0, 1):
+            try:
+                self.in_chunks = True
+                with self._replaced_body():
+                    states = self._head_input(probe, None)
+                found = self.logits(states[0])
+                break
+            except (ValueError, RuntimeError, TypeError, IndexError, AttributeError, AssertionError):
+                self.in_chunks = False  # a forward of another shape, which is run whole
+        else:
             return
         same = found.shape == expected[0].shape
         self.in_chunks = same and torch.allclose(found, expected[0].float(), rtol=1e-4, atol=1e-4, equal_nan=True)
@@ -123,13 +132,13 @@ class HeadStates:
 
 
 @contextmanager
-def _head_given(head: Any, states: Tensor | None) -> Iterator[list[Tensor]]:
-    """Hand the head other states; or, without any, the first position only, and note what it would have been given."""
+def _head_given(head: Any, states: Tensor | None, least: int = 0) -> Iterator[list[Tensor]]:
+    """Hand the head other states; or, without any, as few as it takes, and note what it would have been given."""
     seen: list[Tensor] = []
 
     def give(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         seen.append(args[0])
-        return (args[0][:, :1] if states is None else states, *args[1:])
+        return (args[0][:, :least] if states is None else states, *args[1:])
 
     handle = head.register_forward_pre_hook(give)
     try:

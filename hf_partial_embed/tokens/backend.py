@@ -79,10 +79,9 @@ def read_by_backend(backend: Any, texts: Sequence[str]) -> list[list[int]]:
 def change_state(backend: Any, change: Callable[[dict[str, Any]], None]) -> None:
     """Load the backend anew from a changed state, in place, since others may hold it. Nothing or all changes."""
     split = backend.encode_special_tokens
-    state, parts = _state_and_parts(backend)
-    change(state)
+    text, parts = _changed_state(backend, change)
     try:
-        backend.__setstate__(json.dumps(state, ensure_ascii=False).encode())
+        backend.__setstate__(text.encode())
     finally:
         _set_parts(backend, parts)
         backend.encode_special_tokens = split
@@ -90,9 +89,8 @@ def change_state(backend: Any, change: Callable[[dict[str, Any]], None]) -> None
 
 def changed_copy(backend: Any, change: Callable[[dict[str, Any]], None]) -> Any:
     """Another backend, from a changed state of this one."""
-    state, parts = _state_and_parts(backend)
-    change(state)
-    made = type(backend).from_str(json.dumps(state, ensure_ascii=False))
+    text, parts = _changed_state(backend, change)
+    made = type(backend).from_str(text)
     _set_parts(made, parts)
     return made
 
@@ -106,8 +104,24 @@ def remove_added_tokens(backend: Any, gone: set[str]) -> None:
     change_state(backend, change)
 
 
-def _state_and_parts(backend: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The state as it is serialised, and what cannot be: these two may be written in Python."""
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Make objects without Python looking for garbage meanwhile.
+
+    The merges of a vocabulary are some ten thousand lists, for which it would go through all objects of the process:
+    after `import torch, transformers` that takes ten times as long as reading the state.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _changed_state(backend: Any, change: Callable[[dict[str, Any]], None]) -> tuple[str, dict[str, Any]]:
+    """The changed state as it is serialised, and what cannot be: these two may be written in Python."""
     parts: dict[str, Any] = {}
     try:
         text = backend.to_str()
@@ -118,8 +132,12 @@ def _state_and_parts(backend: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             text = backend.to_str()
         finally:
             _set_parts(backend, parts)
-    state: dict[str, Any] = json.loads(text)
-    return state, parts
+    with _no_collections():
+        state = json.loads(text)
+        change(state)
+        text = json.dumps(state, ensure_ascii=False)
+        del state
+    return text, parts
 
 
 def _set_parts(backend: Any, parts: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from copy import deepcopy
@@ -218,7 +219,7 @@ class TestFigures:
         assert sum(calls) <= 2 * 2 + 2 + 2  # and two of a few tokens, to see that head and body go apart
 
     def test_each_position_goes_through_body_and_head_once_and_little_padding(self):
-        """What a plain forward over the same texts in both readings costs, and at most a tenth more."""
+        """Both readings up to the token in which they differ, which is predicted from the same ids, go there once."""
         _, tokenizer, partial = setup()
         texts = [text[:at] for text in TEXTS[:3] for at in range(10, len(text))]
         positions = {"body": 0, "head": 0}
@@ -235,12 +236,35 @@ class TestFigures:
         for handle in handles:
             handle.remove()
         readers = (TextReader(tokenizer, partial.token_ids), TextReader(tokenizer))
-        needed = 0
+        body = in_head = 0
         for text in texts:
             before, after = (reader.ids(text) for reader in readers)
-            needed += len(after) + 1 + (before != after) * (len(before) + 1)  # each with the bos token
+            same = next(
+                (at for at, pair in enumerate(zip(before, after, strict=False)) if len({*pair}) > 1), len(after)
+            )
+            shared = min(same + 1, len(after))
+            body += len(before) + 1 + (shared < len(after)) * (len(after) + 1)  # each with the bos token
+            in_head += len(before) + len(after) - shared
         assert report.texts == len(texts)
-        assert needed <= positions["body"] <= 1.1 * needed and positions["head"] <= 1.1 * needed
+        assert body <= positions["body"] <= 1.1 * body
+        assert in_head <= positions["head"] <= in_head + 6  # of a trial that the two halves make the whole
+
+    @pytest.mark.parametrize("kind", ["llama", "gemma"])
+    def test_how_many_rows_are_measured_at_a_time_changes_no_bit(self, kind, monkeypatch):
+        _, _, partial = setup(kind)
+        expected = run(partial).to_dict()
+        monkeypatch.setattr("hf_partial_embed.evaluation.scoring._BLOCK_BYTES", 1)
+        assert run(partial).to_dict() == expected
+
+    def test_an_output_that_cannot_be_adds_nothing(self):
+        model, _, partial = setup("phi", tied=False)
+        reports = []
+        for value in (-math.inf, -1e4):
+            with torch.no_grad():
+                model.lm_head.bias[7] = value
+            reports.append(run(partial, ["Tools are called <think> by name"]))
+        assert math.isfinite(reports[0].kl) and reports[0].kl > 0
+        assert reports[0].kl == reports[1].kl and reports[0].bits_per_byte == reports[1].bits_per_byte
 
     @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
@@ -369,6 +393,24 @@ class TestReading:
         text = "The elements of the elements"
         assert 300 in tokenizer(text)["input_ids"]
         assert TextReader(tokenizer, [300]).ids(text) == before(text)["input_ids"]
+
+    @pytest.mark.parametrize("enabled", [True, False])
+    def test_garbage_is_not_looked_for_while_a_vocabulary_is_read(self, enabled, monkeypatch):
+        tokenizer = bpe_tokenizer()
+        seen = []
+
+        def cut(*_):
+            seen.append(gc.isenabled())
+            raise KeyError("merges")
+
+        monkeypatch.setattr(reading, "cut_merges", cut)
+        (gc.enable if enabled else gc.disable)()
+        try:
+            with pytest.raises(KeyError):
+                TextReader(tokenizer, [280])
+            assert seen == [False] and gc.isenabled() == enabled
+        finally:
+            gc.enable()
 
     def test_a_hidden_token_in_the_middle_leaves_the_others_their_ids(self):
         tokenizer = bpe_tokenizer()
@@ -584,6 +626,17 @@ class TestHalves:
         report = run(partial)
         assert report.bits_per_byte.after == pytest.approx(expected.bits_per_byte.after, rel=1e-5)
         assert any("whole batch" in note for note in report.notes)
+
+    def test_a_head_that_takes_no_empty_input_is_run_apart_too(self):
+        model, _, partial = setup()
+        expected = run(partial).to_dict()
+
+        def refuse(module, args):
+            if not args[0].numel():
+                raise RuntimeError("nothing to multiply")
+
+        model.lm_head.register_forward_hook(lambda module, args, output: refuse(module, args))
+        assert run(partial).to_dict() == expected
 
     def test_what_is_done_to_logits_behind_the_head_is_done(self):
         model, _, partial = setup("gemma")
