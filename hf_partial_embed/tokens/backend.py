@@ -104,22 +104,7 @@ def remove_added_tokens(backend: Any, gone: set[str]) -> None:
     change_state(backend, change)
 
 
-@contextmanager
-def _no_collections() -> Iterator[None]:
-    """Make objects without Python looking for garbage meanwhile.
-
-    The merges of a vocabulary are some ten thousand lists, for which it would go through all objects of the process:
-    after `import torch, transformers` that takes ten times as long as reading the state.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
+@collector_paused()
 def _changed_state(backend: Any, change: Callable[[dict[str, Any]], None]) -> tuple[str, dict[str, Any]]:
     """The changed state as it is serialised, and what cannot be: these two may be written in Python."""
     parts: dict[str, Any] = {}
@@ -132,12 +117,9 @@ def _changed_state(backend: Any, change: Callable[[dict[str, Any]], None]) -> tu
             text = backend.to_str()
         finally:
             _set_parts(backend, parts)
-    with _no_collections():
-        state = json.loads(text)
-        change(state)
-        text = json.dumps(state, ensure_ascii=False)
-        del state
-    return text, parts
+    state = json.loads(text)
+    change(state)
+    return json.dumps(state, ensure_ascii=False), parts
 
 
 def _set_parts(backend: Any, parts: dict[str, Any]) -> None:
