@@ -30,7 +30,14 @@ def cache(tmp_path):
 
 
 def test_chats_are_those_that_train_reads(monkeypatch, tmp_path, capsys):
-    module = example(monkeypatch, "lookup_chats", "mendeleev")
+    module = example(monkeypatch, "lookup_chats")
+    elements = [
+        module.Element("radium", "A metal.", "Found in pitchblende.", "Was used in paints."),
+        module.Element("neon", "A gas.", "", "For signs."),
+        module.Element("flerovium", "Made in Dubna.", "", ""),
+    ]
+    monkeypatch.setattr(module, "read_elements", lambda: elements)
+    monkeypatch.setattr(module, "require", lambda packages: None)
     module.main([str(tmp_path / "chats.jsonl"), "--tokens", str(tmp_path / "tools.txt")])
     data = read_data(str(tmp_path / "chats.jsonl"), split="train", column=None)
     texts = ["".join(message["content"] for message in messages) for messages in data.values]
@@ -40,7 +47,7 @@ def test_chats_are_those_that_train_reads(monkeypatch, tmp_path, capsys):
     )
     with_markers = [text for text in texts if any(marker in text for marker in markers)]
     assert all(text.count(marker) == 1 for text in with_markers for marker in markers)
-    assert 0.3 < len(with_markers) / len(texts) < 0.7
+    assert (len(with_markers), len(texts)) == (2, 5)
 
 
 def test_textual_inversion_example(monkeypatch, tmp_path, capsys):
