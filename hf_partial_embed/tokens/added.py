@@ -101,10 +101,7 @@ def token_to_dict(token: AddedToken) -> dict[str, Any]:
 
 def token_from_dict(values: dict[str, Any]) -> AddedToken:
     """The inverse of `token_to_dict`, of a text that `check_texts` accepts."""
-    return AddedToken(
-        values["content"], special=bool(values["special"]), lstrip=bool(values["lstrip"]),
-        rstrip=bool(values["rstrip"]), single_word=bool(values["single_word"]), normalized=bool(values["normalized"]),
-    )  # fmt: skip
+    return AddedToken(values["content"], **{flag: bool(values[flag]) for flag in TOKEN_FLAGS})
 
 
 def _copied(token: AddedToken, special: bool = False) -> AddedToken:

@@ -53,7 +53,7 @@ def cut_tokens(tokenizer: Any, tokens: Sequence[AddedToken]) -> dict[str, int]:
                 if length < len(whole) and part in contents and whole.strip() != part.strip():
                     inside.add((token_id, part))
     found = Counter(part for _, part in inside)
-    return {token.content: found[token.content] for token in tokens if found[token.content]} if found else {}
+    return {token.content: found[token.content] for token in tokens if found[token.content]}
 
 
 def warn_of_cuts(tokenizer: Any, tokens: Sequence[AddedToken]) -> None:
